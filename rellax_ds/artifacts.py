@@ -1,0 +1,266 @@
+"""WorkDir, Manifest and the atomic commit: an artefact is whole or absent.
+
+A stage builds its files in `.running/STAGE-KEY/` beside the finished artefacts; `commit` hashes
+them, writes the manifest and publishes the folder by one rename. The key is a digest of everything
+the output depends on: the stage's code version, the recipe sections it reads and the content
+digests of its inputs. A manifest whose key still matches makes the stage a no-op; one that does not
+says which part changed. The same folder is found again after a kill, so committed partitions in it
+are reused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rellax_ds import runtime
+from rellax_ds.config import digest
+from rellax_ds.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+STAGES = ("tables", "embeddings", "retrieval", "crm", "shards", "train", "predict", "report")
+"""The eight stages in order; a stage's folder is its number and name."""
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a stage wrote and from what.
+
+    Attributes:
+        stage: One of `STAGES`.
+        key: Digest of `parts`; equal keys mean equal outputs.
+        parts: What the key was made of: code version, digest per recipe section, content digest per
+            input stage.
+        files: Relative path to size in bytes and sha256.
+        content: Digest of `files`, the identity downstream stages depend on.
+        counts: Row counts and other figures worth a line in the report.
+        versions: Python and library versions.
+        commit: Source commit, if the code ran from a checkout.
+        seconds: Wall-clock time of the run that committed it.
+        peak_memory_bytes: Largest resident size of the driving process.
+        recipe: The whole recipe, as it was.
+    """
+
+    stage: str
+    key: str
+    parts: dict[str, str]
+    files: dict[str, dict[str, Any]]
+    content: str
+    counts: dict[str, Any]
+    versions: dict[str, str]
+    commit: str | None
+    seconds: float
+    peak_memory_bytes: int
+    recipe: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest | None:
+        """The manifest at `path`, or None when there is none that parses."""
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+class WorkDir:
+    """Folder of one run: the eight artefact folders and `.running`."""
+
+    def __init__(self, root: Path) -> None:
+        """Name the folder; nothing is created until a stage runs."""
+        self.root = root.expanduser().resolve()
+
+    def stage_dir(self, stage: str) -> Path:
+        """Folder of a stage's artefact, for example `3_retrieval`."""
+        return self.root / f"{STAGES.index(stage) + 1}_{stage}"
+
+    def manifest(self, stage: str) -> Manifest | None:
+        """Manifest of a committed stage, or None."""
+        return Manifest.read(self.stage_dir(stage) / MANIFEST)
+
+    def require(self, stage: str) -> Manifest:
+        """Manifest of a committed stage.
+
+        Raises:
+            ArtifactError: The stage has not been run in this folder.
+        """
+        manifest = self.manifest(stage)
+        if manifest is None:
+            folder = self.stage_dir(stage)
+            raise ArtifactError(
+                f"{folder}: stage '{stage}' has not been committed; run `rellax {stage}` first"
+            )
+        return manifest
+
+    def open(self, stage: str, parts: Mapping[str, str], recipe: Mapping[str, Any]) -> StageRun:
+        """Prepare to run a stage whose output depends on `parts` only."""
+        return StageRun(self, stage, dict(parts), dict(recipe))
+
+
+@dataclass
+class StageRun:
+    """One stage about to run: says whether it must, holds its running folder, commits it."""
+
+    work: WorkDir
+    stage: str
+    parts: dict[str, str]
+    recipe: dict[str, Any]
+    _start: float = field(default_factory=time.monotonic)
+
+    @property
+    def key(self) -> str:
+        """Digest of everything the output depends on."""
+        return digest(self.parts)
+
+    @property
+    def directory(self) -> Path:
+        """Folder the stage writes into before the commit; kept between attempts with the same
+        key.
+        """
+        return (
+            self.work.root
+            / ".running"
+            / f"{STAGES.index(self.stage) + 1}_{self.stage}-{self.key[:12]}"
+        )
+
+    def committed(self) -> Manifest | None:
+        """The committed manifest if its key matches and its files are all there with their sizes,
+        else None.
+        """
+        manifest = self.work.manifest(self.stage)
+        if manifest is None or manifest.key != self.key:
+            return None
+        folder = self.work.stage_dir(self.stage)
+        for name, facts in manifest.files.items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != facts["bytes"]:
+                runtime.logger.warning(
+                    "%s: %s is missing or has another size; the stage runs again", self.stage, path
+                )
+                return None
+        return manifest
+
+    def changes(self) -> list[str]:
+        """Names of the parts that differ from the committed manifest; empty when there is none."""
+        manifest = self.work.manifest(self.stage)
+        if manifest is None:
+            return []
+        names = sorted(set(manifest.parts) | set(self.parts))
+        return [name for name in names if manifest.parts.get(name) != self.parts.get(name)]
+
+    def begin(self, keep_others: bool = False) -> Path:
+        """Create the running folder and start the clock.
+
+        Args:
+            keep_others: Leave what interrupted attempts with another key left, until the commit;
+                otherwise it is dropped now.
+        """
+        self._start = time.monotonic()
+        running = self.directory
+        running.mkdir(parents=True, exist_ok=True)
+        if not keep_others:
+            self._drop_others()
+        return running
+
+    def commit(self, counts: Mapping[str, Any]) -> Manifest:
+        """Hash the files, write the manifest and publish the folder by rename.
+
+        Args:
+            counts: Row counts and figures for the manifest.
+
+        Returns:
+            The committed manifest.
+
+        Raises:
+            ArtifactError: The running folder holds no file.
+        """
+        running, target = self.directory, self.work.stage_dir(self.stage)
+        paths = sorted(p for p in running.rglob("*") if p.is_file() and p.name != MANIFEST)
+        if not paths:
+            raise ArtifactError(f"{running}: stage '{self.stage}' wrote no file; nothing to commit")
+        files = {
+            str(p.relative_to(running)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)}
+            for p in paths
+        }
+        for path in paths:
+            fsync(path)
+        manifest = Manifest(
+            stage=self.stage,
+            key=self.key,
+            parts=self.parts,
+            files=files,
+            content=digest({name: facts["sha256"] for name, facts in files.items()}),
+            counts=dict(counts),
+            versions=runtime.versions(),
+            commit=runtime.source_commit(),
+            seconds=round(time.monotonic() - self._start, 3),
+            peak_memory_bytes=runtime.peak_memory_bytes(),
+            recipe=self.recipe,
+        )
+        write_json(running / MANIFEST, asdict(manifest))
+        fsync(running)
+        replaced = running.with_name(f"replaced-{target.name}-{os.getpid()}")
+        if target.exists():
+            target.rename(replaced)
+        running.rename(target)
+        fsync(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._drop_others()
+        with contextlib.suppress(OSError):
+            running.parent.rmdir()
+        return manifest
+
+    def _drop_others(self) -> None:
+        """Delete the running folders of this stage's attempts with another key."""
+        running = self.directory
+        for other in running.parent.glob(f"{STAGES.index(self.stage) + 1}_{self.stage}-*"):
+            if other != running:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON document through a temporary name, fsync and rename: a reader sees the old file
+    or the new.
+    """
+    write_bytes(
+        path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    )
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file through a temporary name, fsync and rename."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with staged.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

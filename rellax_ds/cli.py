@@ -1,0 +1,128 @@
+"""The `rellax` command: one subcommand per stage, the whole pipeline, and the fetching of assets.
+
+Every subcommand takes the same four flags. An error a user can mend is one line on standard error
+and exit status 1; anything else is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rellax_ds import runtime
+from rellax_ds.artifacts import STAGES, WorkDir
+from rellax_ds.config import load_recipe
+from rellax_ds.errors import RellaxError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rellax_ds.config import Recipe
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune LLMs for recommendation over lifelong behaviour.",
+)
+
+RecipeFlag = Annotated[
+    str, typer.Option("--recipe", help="Shipped recipe by name, or the path of a YAML file.")
+]
+SetFlag = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one key: section.key=value; may be repeated."),
+]
+WorkDirFlag = Annotated[
+    Path | None,
+    typer.Option("--work-dir", help="Folder of the run's artefacts; by default work/RECIPE."),
+]
+ResumeFlag = Annotated[
+    str,
+    typer.Option("--resume", help="Continue an interrupted training: auto, never or a checkpoint."),
+]
+UntilFlag = Annotated[str, typer.Option("--until", help=f"Last stage to run: {', '.join(STAGES)}.")]
+
+
+def _open_run(
+    recipe: str, overrides: list[str] | None, work_dir: Path | None
+) -> tuple[Recipe, WorkDir]:
+    """Load the recipe and name the run's folder."""
+    loaded = load_recipe(recipe, overrides)
+    return loaded, WorkDir(work_dir or Path("work") / loaded.name)
+
+
+@app.command()
+def run(
+    recipe: RecipeFlag,
+    set_: SetFlag = None,
+    work_dir: WorkDirFlag = None,
+    resume: ResumeFlag = "auto",
+    until: UntilFlag = STAGES[-1],
+) -> None:
+    """Run the pipeline, skipping every stage whose artefact still matches."""
+    from rellax_ds.stages.pipeline import run_until
+
+    loaded, work = _open_run(recipe, set_, work_dir)
+    run_until(until, loaded, work, resume)
+    folder = work.stage_dir(until)
+    typer.echo(f"report: {folder / 'report.html'}" if until == "report" else f"{until}: {folder}")
+
+
+@app.command()
+def assets(
+    recipe: RecipeFlag,
+    set_: SetFlag = None,
+    work_dir: WorkDirFlag = None,
+    resume: ResumeFlag = "auto",
+) -> None:
+    """Fetch and verify the data set and the models a recipe names; the only command that
+    downloads.
+    """
+    from rellax_ds.assets import fetch
+
+    loaded, _ = _open_run(recipe, set_, work_dir)
+    names = [str(loaded.data.path or loaded.data.dataset), loaded.model.backbone]
+    if loaded.embeddings.encoder != "backbone":
+        names.append(loaded.embeddings.encoder)
+    for asset in fetch(names):
+        typer.echo(f"{asset.name}: {asset.reference} ({asset.source})")
+
+
+def _stage_command(stage: str) -> Callable[..., None]:
+    def command(
+        recipe: RecipeFlag,
+        set_: SetFlag = None,
+        work_dir: WorkDirFlag = None,
+        resume: ResumeFlag = "auto",
+    ) -> None:
+        from rellax_ds.stages.pipeline import run_stage
+
+        loaded, work = _open_run(recipe, set_, work_dir)
+        run_stage(stage, loaded, work, resume)
+        typer.echo(f"{stage}: {work.stage_dir(stage)}")
+
+    command.__doc__ = f"Run stage {STAGES.index(stage) + 1}, {stage}, on committed inputs."
+    return command
+
+
+for _stage in STAGES:
+    app.command(_stage)(_stage_command(_stage))
+
+
+def main() -> None:
+    """Run the command line; a RellaxError becomes one line from rank 0 and exit status 1."""
+    runtime.prepare()
+    try:
+        app()
+    except RellaxError as error:
+        if runtime.rank() == 0:
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

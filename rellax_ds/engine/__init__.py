@@ -1,0 +1,1 @@
+"""DeepSpeed behind few calls: configuration, processes, the engine, checkpoints and the launch."""

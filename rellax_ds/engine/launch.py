@@ -1,0 +1,98 @@
+"""Start the ranks of a training on this machine, and build what DeepSpeed compiles once.
+
+DeepSpeed's own launcher starts the ranks; on CPU it is always told their number, because it would
+count sockets otherwise. It runs in a session of its own: a Ctrl-C or SIGTERM reaches only us, and
+we pass it on as a STOP file, which leaves the ranks all the time a checkpoint needs. Its exit
+status proves nothing (a killed launcher reports success): callers look for the committed artefact.
+
+    python -m rellax_ds.engine.launch --warm
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rellax_ds import runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_MODULE = "rellax_ds.cli"
+
+
+def launch_ranks(num_processes: int, arguments: list[str], stop_file: Path) -> int:
+    """Run `rellax ARGUMENTS` on several ranks of this machine and wait for them.
+
+    Args:
+        num_processes: Ranks to start; the cores are shared out evenly among them.
+        arguments: Arguments of the `rellax` command, for example `["train", "--recipe", ...]`.
+        stop_file: Created when this process is asked to stop; the ranks watch for it.
+
+    Returns:
+        The launcher's exit status; a hint, not a proof of success.
+    """
+    command = [
+        *(sys.executable, "-m", "deepspeed.launcher.runner"),
+        *("--num_accelerators", str(num_processes)),
+        *("--hostfile", os.devnull),
+        *("--master_port", str(_free_port())),
+        *("--module", "--no_local_rank", "--quiet"),
+        *(_MODULE, *arguments),
+    ]
+    runtime.prepare_engine(cuda=torch.cuda.is_available())
+    threads = max(1, runtime.num_cpus() // num_processes)
+    environment = runtime.rank_environment(threads)
+    stop_file.unlink(missing_ok=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=sys.stderr.fileno(), start_new_session=True
+    )
+    with _stop_by_file(stop_file):
+        return process.wait()
+
+
+def warm() -> None:
+    """Build and load the collective DeepSpeed compiles on CPU, so that no later start waits."""
+    from rellax_ds.engine.processes import start_processes
+
+    start_processes()
+
+
+@contextlib.contextmanager
+def _stop_by_file(stop_file: Path) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into the STOP file while the ranks run."""
+
+    def handle(_number: int, _frame: Any) -> None:
+        stop_file.parent.mkdir(parents=True, exist_ok=True)
+        stop_file.touch()
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handle) for number in numbers} if main else {}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--warm"]:
+        sys.exit("usage: python -m rellax_ds.engine.launch --warm")
+    runtime.prepare()
+    warm()

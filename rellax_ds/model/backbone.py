@@ -1,0 +1,142 @@
+"""The frozen LLM: loading, its body without the LM head, and the two rows of the head that answer a
+question.
+
+Any Hugging Face causal LM is used as it is; nothing is patched and no vocabulary is resized. Only
+the answer positions ever meet the LM head, because full-sequence logits of a large vocabulary cost
+more memory than the rest of a step. Under ZeRO-3 a weight is whole only while a module's forward
+reads it, so every read of the backbone's weights happens in a module called inside the engine's
+forward, or under `gathered`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rellax_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_HEAD_CHANGES = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+}
+"""Config fields by which some models change logits after the head, and their neutral values."""
+
+
+def load_backbone(reference: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a causal LM, frozen, with torch's scaled-dot-product attention and no KV cache.
+
+    Args:
+        reference: Local folder or Hugging Face name.
+        dtype: Type of the weights.
+
+    Returns:
+        A transformers causal LM; under an active `HfDeepSpeedConfig` its parameters are
+        partitioned.
+
+    Raises:
+        ConfigError: The reference cannot be loaded, or the model changes its logits after the head.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            reference,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError) as error:
+        cause = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.backbone: cannot load a causal LM from '{reference}': {cause}"
+        ) from error
+    for name, neutral in _HEAD_CHANGES.items():
+        value = getattr(model.config, name, None)
+        if value is not None and value != neutral:
+            raise ConfigError(
+                f"model.backbone '{reference}' has {name} = {value}, which the answer head does "
+                "not support; choose another backbone"
+            )
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    return model
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+    """Make ZeRO-3 parameters whole for reading; every rank must enter. Does nothing for ordinary
+    parameters.
+    """
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    context: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(partitioned)
+    return context
+
+
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Shape of a parameter, also while ZeRO-3 has it partitioned."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def embedding_rms(model: Any) -> float:
+    """Root mean square of the entries of the input embeddings; a collective call under ZeRO-3."""
+    weight = model.get_input_embeddings().weight
+    with gathered([weight]):
+        return float(weight.detach().float().pow(2).mean().sqrt())
+
+
+def run_body(model: Any, embeddings: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Hidden states after the final norm, [B, L, H], from input embeddings [B, L, H].
+
+    A causal model never looks right, so right padding needs no mask at all: attention then takes
+    torch's causal fast path, and what is computed at padding is never read. Left padding gets the
+    mask and positions counted from the first real token, so both sides give the same result.
+    """
+    arguments: dict[str, torch.Tensor] = {}
+    if not bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+        arguments = {"attention_mask": attention_mask, "position_ids": positions}
+    body = model.get_decoder()
+    hidden: torch.Tensor = body(inputs_embeds=embeddings, use_cache=False, **arguments)[0]
+    return hidden
+
+
+class AnswerHead(nn.Module):
+    """The LM head at answer positions: two rows of it for yes and no, or the whole vocabulary.
+
+    It refers to the backbone's head without owning it, so parameters keep one name each. Being a
+    module of its own bounds how long ZeRO-3 holds the gathered weight, which may be tied to the
+    input embeddings.
+    """
+
+    def __init__(self, model: Any, yes: int, no: int) -> None:
+        super().__init__()
+        self._backbone = (model,)
+        self.answers = (yes, no)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of yes and no, float32 [M, 2], for hidden states [M, H]."""
+        head = self._backbone[0].get_output_embeddings()
+        rows = list(self.answers)
+        bias = getattr(head, "bias", None)
+        weight = head.weight[rows].float()
+        return F.linear(hidden.float(), weight, None if bias is None else bias[rows].float())
+
+
+def vocabulary_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of the whole vocabulary, float32 [M, V], for hidden states [M, H] at answer
+    positions.
+    """
+    logits: torch.Tensor = model.get_output_embeddings()(hidden)
+    return logits.float()

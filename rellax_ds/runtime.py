@@ -1,0 +1,293 @@
+"""Rank, device, seeds, logging and progress: where the process meets its surroundings.
+
+Environment variables are read here and nowhere else. Nothing happens at import; entry points call
+`prepare()` once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import platform
+import random
+import resource
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+logger = logging.getLogger("rellax_ds")
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "ray",
+    "webdataset",
+    "numpy",
+    "pyarrow",
+    "polars",
+)
+
+
+def prepare(verbose: bool = False) -> None:
+    """Set the process up: log format, thread policy, and the guards of libraries that read the
+    environment.
+
+    Called by entry points before heavy imports; safe to call twice.
+    """
+    level = logging.DEBUG if verbose else logging.INFO if rank() == 0 else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger.setLevel(level)
+    guard_environment()
+
+
+def guard_environment() -> None:
+    """Put the guards into this process's environment; what the user has set stays."""
+    for name, value in guarded_environment().items():
+        os.environ.setdefault(name, value)
+
+
+def guarded_environment() -> dict[str, str]:
+    """Variables that entry points and child processes run under, unless the user has set them."""
+    return {
+        "WDS_SECURE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "passive",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+def prepare_engine(cuda: bool) -> None:
+    """Set what DeepSpeed reads from the environment; call before it is imported.
+
+    Args:
+        cuda: Whether this machine has a usable GPU; without one DeepSpeed is told so instead of
+            guessing. What DeepSpeed compiles goes into our cache, by versions, and this Python's
+            folder goes first on the path: two versions of ninja undo each other's builds.
+    """
+    tag = f"python{platform.python_version()}-torch{importlib.metadata.version('torch')}"
+    extensions = cache_dir() / "extensions" / f"{tag}-{'cuda' if cuda else 'cpu'}"
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions))
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    folder = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != folder:
+        os.environ["PATH"] = folder + os.pathsep + path
+
+
+def launcher_process() -> int | None:
+    """Process id of the `rellax` command that launched this rank, if one did."""
+    found = os.environ.get("RELLAX_LAUNCHER_PID", "")
+    return int(found) if found.isdigit() else None
+
+
+def rank() -> int:
+    """Rank of this process in its job; 0 outside a distributed launch."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Rank of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes of the job; 1 outside a distributed launch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched() -> bool:
+    """Whether a distributed launcher started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def cache_dir() -> Path:
+    """Folder for downloaded and converted assets: RELLAX_CACHE, else the user's cache folder."""
+    chosen = os.environ.get("RELLAX_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "rellax-ds"
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Environment for a child process of ours: this one's, the guards, and `extra`."""
+    return {**guarded_environment(), **os.environ, **(extra or {})}
+
+
+def rank_environment(threads: int) -> dict[str, str]:
+    """Environment for the ranks this process launches.
+
+    Args:
+        threads: Threads of each rank, unless the user has set a number.
+    """
+    package = str(Path(__file__).resolve().parent.parent)
+    path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = child_environment(
+        {"PYTHONPATH": os.pathsep.join(path), "RELLAX_LAUNCHER_PID": str(os.getpid())}
+    )
+    return {"OMP_NUM_THREADS": str(threads)} | environment
+
+
+def ray_address() -> str | None:
+    """Address of the Ray cluster the user or `ray job submit` points at, if any."""
+    return os.environ.get("RAY_ADDRESS")
+
+
+def guard_local_ray() -> None:
+    """Give a cluster of our own a token of its own, before Ray is imported.
+
+    Ray would otherwise write a token into the home folder, which changes how clusters the user
+    starts later behave.
+    """
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def num_cpus() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed from any values, the same on every machine and Python version."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def seed_everything(*parts: object) -> int:
+    """Seed Python, NumPy and torch from `parts`; returns the seed."""
+    import numpy
+    import torch
+
+    seed = stable_seed(*parts)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    return seed
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def versions() -> dict[str, str]:
+    """Python and library versions that a manifest records."""
+    from rellax_ds import __version__
+
+    found = {"rellax_ds": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def source_commit() -> str | None:
+    """Commit of the checkout this code runs from, with `+` when the tree differs; None outside
+    git.
+    """
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root)]
+    try:
+        if subprocess.run(
+            [*git, "ls-files", "--error-unmatch", "setup.py"], capture_output=True
+        ).returncode:
+            return None
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if dirty.strip() else "")
+
+
+class Progress:
+    """A progress bar on a terminal and one plain line every few seconds elsewhere; rank 0 only.
+
+    Rate and time left are computed here so that both forms show the same figures.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, interval: float = 10.0) -> None:
+        """Start counting; `total` in `unit`s, at most one plain line per `interval` seconds."""
+        self.label, self.total, self.unit, self.interval = label, total, unit, interval
+        self.done = 0
+        self._start = time.monotonic()
+        self._said = self._start
+        self._bar: Any = None
+        self._task: Any = None
+        self._shown = rank() == 0 and logger.isEnabledFor(logging.INFO)
+        if self._shown and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = RichProgress(*columns, console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task(label, total=total, note="")
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the start."""
+        return self.done / max(time.monotonic() - self._start, 1e-9)
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Add finished units; `note` is shown beside the rate."""
+        self.done += count
+        text = " ".join(part for part in (note, f"{self.rate:.1f} {self.unit}/s") if part)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, note=text)
+            return
+        now = time.monotonic()
+        if self._shown and (now - self._said >= self.interval or self.done >= self.total):
+            self._said = now
+            left = (self.total - self.done) / max(self.rate, 1e-9)
+            logger.info(
+                "%s %d/%d %s, %s, ETA %.0f s",
+                self.label,
+                self.done,
+                self.total,
+                self.unit,
+                text,
+                left,
+            )
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> Progress:
+        """Use as a context manager."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close the bar also when the work fails."""
+        self.close()

@@ -1,0 +1,246 @@
+"""The training loop, one screen long: score, checkpoint, leave or step.
+
+Everything a step depends on is a function of (seed, step) or lies in the checkpoint, so a run that
+was killed and resumed is the run that was not. The loop's own state is a few numbers; the order of
+the four questions at the top of `run` is what makes it enough: a stop during a score is scored
+again, a stop between two steps continues with the next one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from rellax_ds import metrics, runtime
+from rellax_ds.errors import RellaxError
+from rellax_ds.model import adapter_io
+from rellax_ds.training.schedule import rate_factor, warmup_steps
+from rellax_ds.training.score import score_split
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rellax_ds.config import Recipe
+    from rellax_ds.engine.checkpoint import CheckpointStore
+    from rellax_ds.engine.engine import Engine
+    from rellax_ds.model.rellax import ReLLaX
+    from rellax_ds.training.signals import StopRequest
+    from rellax_ds.training.sinks import Sinks
+    from rellax_ds.training.stream import PromptStream
+
+ADAPTER = "adapter"
+"""Folder of the best adapter so far, in the running folder and in every checkpoint."""
+
+
+class StopTraining(Exception):  # noqa: N818  # not an error: the run was asked to leave
+    """The training was asked to stop and has left a checkpoint, if it could."""
+
+
+@dataclass
+class LoopState:
+    """What a resumed run has to know; a checkpoint stores it as JSON.
+
+    Attributes:
+        step: Optimiser steps taken; also the position in the data.
+        skipped: Steps among them that were skipped for a non-finite gradient.
+        skipped_in_a_row: Those at the end of the run so far.
+        scored: Step of the last valid score; -1 before the first.
+        centre: What the model subtracts from its logit.
+        best_step: Step of the best valid AUC after training began, None before.
+        best_auc: That AUC.
+        stale: Valid scores since then.
+        untrained: Valid metrics before the first step.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    scored: int = -1
+    centre: float = 0.0
+    best_step: int | None = None
+    best_auc: float = 0.0
+    stale: int = 0
+    untrained: dict[str, float] | None = None
+
+
+class Loop:
+    """One training run over an engine and a stream of prompts."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        stream: PromptStream,
+        recipe: Recipe,
+        store: CheckpointStore,
+        sinks: Sinks,
+        stop: StopRequest,
+        directory: Path,
+        state: LoopState,
+    ) -> None:
+        """Take the parts; `directory` receives the best adapter, `state` is fresh or restored."""
+        self.engine, self.stream, self.train = engine, stream, recipe.train
+        self.model = cast("ReLLaX", engine.model)
+        self.store, self.sinks, self.stop = store, sinks, stop
+        self.directory, self.state, self.seed = directory, state, recipe.seed
+        self.total = recipe.train.epochs * stream.steps_per_epoch
+        self.warmup = warmup_steps(recipe.train.warmup, self.total)
+        self.recipe = recipe
+        self._set_centre(state.centre)
+
+    def run(self) -> LoopState:
+        """Train to the end, or until valid stops improving.
+
+        Returns:
+            The final state; the best adapter is in the running folder.
+
+        Raises:
+            StopTraining: A stop was asked for; a checkpoint of the last whole step is committed.
+            RellaxError: `train.max_skips` steps in a row had a non-finite gradient.
+        """
+        state = self.state
+        rows = (self.total - state.step) * self.train.global_batch
+        with runtime.Progress("train", rows, "samples") as self.progress:
+            while True:
+                if self._score_due():
+                    self._score()
+                if self._checkpoint_due():
+                    self._checkpoint()
+                if state.step >= self.total or self._gave_up():
+                    return state
+                self._step()
+
+    def _step(self) -> None:
+        state, started = self.state, time.monotonic()
+        factor = rate_factor(
+            self.train.schedule, state.step - state.skipped, self.total, self.warmup
+        )
+        self.engine.set_rate(factor)
+        loss = tokens = 0.0
+        for index, batch in self.stream.micro_batches(state.step):
+            self._leave_if_asked()
+            loss += self.engine.accumulate(batch, self.seed, state.step, index)
+            tokens += float(batch.attention_mask.sum())
+        outcome = self.engine.outcome()
+        loss, tokens = self.engine.processes.sum([loss, tokens])
+        state.step += 1
+        state.skipped += outcome.skipped
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if outcome.skipped else 0
+        seconds = time.monotonic() - started
+        record = {
+            "event": "step",
+            "step": state.step,
+            "loss": loss * self.train.micro_batch / self.train.global_batch,
+            "rate": factor,
+            "learning_rate": self.train.learning_rate * factor,
+            "gradient_norm": outcome.gradient_norm,
+            "skipped": state.skipped,
+            "samples_per_second": self.train.global_batch / seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        self.sinks.write(record)
+        self.progress.advance(self.train.global_batch, f"loss {record['loss']:.4f}")
+        self._mind_skips(outcome.skipped)
+
+    def _score(self) -> None:
+        state = self.state
+        scores = score_split(
+            self.engine, self.stream.valid(), self.stream.num_valid, self._leave_if_asked
+        )
+        if state.step == 0 and self.train.centre_logit:
+            shift = float(scores.logits.mean() - metrics.logit([self.stream.base_rate])[0])
+            scores = scores.shifted(self._set_centre(shift))
+        found = scores.metrics()
+        state.scored = state.step
+        if state.step == 0:
+            state.untrained = found
+        elif state.best_step is None or found["auc"] > state.best_auc:
+            state.best_step, state.best_auc, state.stale = state.step, found["auc"], 0
+            self._keep_adapter()
+        else:
+            state.stale += 1
+        self.sinks.write(
+            {"event": "valid", "step": state.step, "rows": len(scores.labels)}
+            | found
+            | {"centre": state.centre, "best_step": state.best_step}
+        )
+        if self.engine.processes.first:
+            runtime.logger.info(
+                "train: step %d of %d, valid AUC %.4f, log loss %.4f%s",
+                *(state.step, self.total, found["auc"], found["log_loss"]),
+                "" if state.step else " (untrained)",
+            )
+
+    def _checkpoint(self) -> None:
+        self.store.save(
+            self.engine,
+            self.state.step,
+            checkpoint_state(self.state, self.recipe, self.stream),
+            {ADAPTER: self.directory / ADAPTER},
+            self.state.best_step,
+        )
+
+    def _keep_adapter(self) -> None:
+        """Replace the best adapter by the current one; the gather comes before any file."""
+        collected = adapter_io.collect(self.model)
+
+        def replace() -> None:
+            fresh, target = self.directory / f".{ADAPTER}", self.directory / ADAPTER
+            shutil.rmtree(fresh, ignore_errors=True)
+            assert collected is not None, "rank 0 holds what was gathered"
+            adapter_io.write(collected, fresh)
+            shutil.rmtree(target, ignore_errors=True)
+            fresh.rename(target)
+
+        self.engine.processes.from_rank_zero(replace)
+
+    def _leave_if_asked(self) -> None:
+        if not self.stop.agreed():
+            return
+        self._checkpoint()
+        reason = self.stop.reason or "a stop on another rank"
+        raise StopTraining(
+            f"train: stopped at step {self.state.step} of {self.total} on {reason}; "
+            "the same command continues from there"
+        )
+
+    def _mind_skips(self, skipped: bool) -> None:
+        if not skipped:
+            return
+        step, row = self.state.step, self.state.skipped_in_a_row
+        if row >= self.train.max_skips:
+            raise RellaxError(
+                f"train: {row} steps in a row up to step {step} had a non-finite loss or gradient "
+                "(train.max_skips); lower train.learning_rate or look at the data of these steps"
+            )
+        if self.engine.processes.first:
+            runtime.logger.warning("train: step %d skipped, its gradient is not finite", step)
+
+    def _score_due(self) -> bool:
+        step, every = self.state.step, self.train.eval_every or self.stream.steps_per_epoch
+        return step != self.state.scored and (step % every == 0 or step == self.total)
+
+    def _checkpoint_due(self) -> bool:
+        step, every = self.state.step, self.train.checkpoint_every
+        return step > 0 and (step % every == 0 if every else step == self.state.scored)
+
+    def _gave_up(self) -> bool:
+        return self.train.patience is not None and self.state.stale >= self.train.patience
+
+    def _set_centre(self, value: float) -> float:
+        """Give the model its centre; returns it as the model's precision holds it."""
+        self.model.centre.fill_(value)
+        self.state.centre = float(self.model.centre)
+        return self.state.centre
+
+
+def checkpoint_state(state: LoopState, recipe: Recipe, stream: PromptStream) -> dict[str, Any]:
+    """What a checkpoint stores beside the tensors: the loop's state and what it belongs to."""
+    return {
+        "loop": asdict(state),
+        "seed": recipe.seed,
+        "global_batch": recipe.train.global_batch,
+        "shards": stream.identity,
+        "recipe": recipe.model_dump(mode="json", include={"model", "train"}),
+    }

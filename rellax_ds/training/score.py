@@ -1,0 +1,84 @@
+"""Valid scores during training: every rank forwards its share, every sample is counted once.
+
+Scores travel with their sample ids, so uneven shares, fillers and the number of ranks leave no
+trace in the metric; what is gathered is sorted by id before anything is computed from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rellax_ds import metrics
+from rellax_ds.errors import ShardError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import numpy.typing as npt
+
+    from rellax_ds.batch import Batch
+    from rellax_ds.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Labels and logits of all samples of a split, in the order of their ids.
+
+    Attributes:
+        labels: 0 or 1, float64 [N].
+        logits: Yes minus no, float64 [N].
+    """
+
+    labels: npt.NDArray[np.float64]
+    logits: npt.NDArray[np.float64]
+
+    def shifted(self, by: float) -> Scores:
+        """The same scores with `by` subtracted from every logit."""
+        return Scores(self.labels, self.logits - by)
+
+    def metrics(self) -> dict[str, float]:
+        """AUC, log loss and accuracy over all samples."""
+        return {
+            "auc": metrics.auc(self.labels, self.logits),
+            "log_loss": metrics.log_loss(self.labels, self.logits),
+            "accuracy": metrics.accuracy(self.labels, self.logits),
+        }
+
+
+def score_split(
+    engine: Engine,
+    batches: Iterable[tuple[Batch, bool]],
+    num_samples: int,
+    before_batch: Callable[[], None],
+) -> Scores:
+    """Score a split on all ranks; a collective.
+
+    Args:
+        engine: The engine.
+        batches: This rank's share, equally many on every rank; True marks a filler whose scores
+            are another rank's.
+        num_samples: Samples of the split.
+        before_batch: Called before every forward pass, to leave when asked to stop.
+
+    Raises:
+        ShardError: A sample was scored twice or not at all.
+    """
+    rows: list[npt.NDArray[np.float64]] = []
+    for batch, repeated in batches:
+        before_batch()
+        logits = engine.score(batch)
+        if not repeated:
+            columns = (batch.sample_ids.cpu().numpy(), batch.labels.cpu().numpy(), logits.numpy())
+            rows.append(np.stack([column.astype(np.float64) for column in columns], axis=1))
+    local = np.concatenate(rows) if rows else np.zeros((0, 3))
+    table = np.concatenate(engine.processes.gather(local))
+    ids, first = np.unique(table[:, 0], return_index=True)
+    if not len(ids) == len(table) == num_samples:
+        raise ShardError(
+            f"valid: {num_samples} samples gave {len(table)} scores of {len(ids)} distinct ones; "
+            "rebuild the shards with `rellax shards`"
+        )
+    return Scores(table[first, 1], table[first, 2])

@@ -1,0 +1,176 @@
+"""Order, labels, histories and the split, against a plain walk over the sorted log and against the
+published figures of the real data.
+"""
+
+import hashlib
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rellax_ds import assets
+from rellax_ds.config import DataConfig
+from rellax_ds.errors import AssetError, TableError
+from rellax_ds.tables import RawLog, movielens
+from rellax_ds.tables.split import build_tables
+
+# Two-digit ids beside one-digit ones: sorting them as text would show.
+USER_IDS = (2, 9, 10, 31)
+ITEM_IDS = (1, 4, 12, 20, 100, 7, 8, 33)
+
+
+def make_log(rows):
+    events = pl.DataFrame(
+        rows,
+        schema={
+            "user_id": pl.Int64,
+            "item_id": pl.Int64,
+            "rating": pl.Float32,
+            "time": pl.Int64,
+        },
+        orient="row",
+    )
+    users = pl.DataFrame({"user_id": USER_IDS})
+    items = pl.DataFrame(
+        {"item_id": ITEM_IDS, "title": [f"T{i}" for i in ITEM_IDS], "genre": ["g"] * len(ITEM_IDS)}
+    )
+    return RawLog(users, items, events)
+
+
+@st.composite
+def logs(draw):
+    row = st.tuples(
+        st.sampled_from(USER_IDS),
+        st.sampled_from(ITEM_IDS),
+        st.sampled_from([1.0, 3.0, 3.5, 5.0]),
+        st.integers(0, 6),
+    )
+    return draw(
+        st.lists(row, min_size=30, max_size=80, unique_by=lambda row: (row[0], row[1], row[3]))
+    )
+
+
+def walk(rows, config):
+    """The published preprocessing, one event at a time."""
+    order = sorted(rows, key=lambda row: (row[3], row[0], row[1]))
+    seen, samples = {}, []
+    for row in order:
+        past = seen.setdefault(row[0], [])
+        history = [e for e in past if e[3] < row[3]] if config.strict_time else list(past)
+        if len(history) >= config.min_history:
+            samples.append((row, history))
+        past.append(row)
+    num_train = int(config.split[0] * len(samples))
+    if config.freeze_history and num_train:
+        last = order.index(samples[num_train - 1][0])
+        known = {id(row) for row in order[: last + 1]}
+        samples = [(row, [e for e in past if id(e) in known]) for row, past in samples]
+    return samples
+
+
+def rows_of(tables, numbers):
+    user_id = tables.users["user_id"].cast("int64").to_numpy()
+    item_id = tables.items["item_id"].cast("int64").to_numpy()
+    events = tables.events.take(numbers)
+    return list(
+        zip(
+            user_id[events["user"].to_numpy()].tolist(),
+            item_id[events["item"].to_numpy()].tolist(),
+            events["rating"].to_pylist(),
+            events["time"].to_pylist(),
+            strict=True,
+        )
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(logs(), st.booleans(), st.booleans(), st.integers(1, 4))
+def test_build_tables_random_log_equals_the_walk(rows, strict_time, freeze_history, min_history):
+    config = DataConfig(
+        strict_time=strict_time, freeze_history=freeze_history, min_history=min_history
+    )
+    expected = walk(rows, config)
+    if len(expected) < 10:
+        with pytest.raises(TableError, match="a split is empty"):
+            build_tables(make_log(rows), config)
+        return
+    tables = build_tables(make_log(rows), config)
+    samples = tables.samples
+    assert rows_of(tables, samples["event"].to_numpy()) == [row for row, _ in expected]
+    assert samples["label"].to_pylist() == [int(row[2] > 3) for row, _ in expected]
+    starts, ends = samples["history_start"].to_pylist(), samples["history_end"].to_pylist()
+    for sample, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        found = rows_of(tables, np.arange(start, end))
+        assert found == expected[sample][1], sample
+
+
+@settings(max_examples=40, deadline=None)
+@given(logs(), st.booleans())
+def test_build_tables_random_log_no_history_reaches_its_target(rows, strict_time):
+    config = DataConfig(strict_time=strict_time, min_history=1)
+    if len(walk(rows, config)) < 10:
+        return
+    tables = build_tables(make_log(rows), config)
+    samples = tables.samples
+    event, end = samples["event"].to_numpy(), samples["history_end"].to_numpy()
+    time = tables.events["time"].to_numpy()
+    user = tables.events["user"].to_numpy()
+    assert (end <= event).all()
+    gap = time[event] - time[end - 1]
+    assert (gap >= int(strict_time)).all()
+    assert (user[samples["history_start"].to_numpy()] == samples["user"].to_numpy()).all()
+
+
+def test_build_tables_same_second_is_ordered_by_integer_item_id():
+    rows = [(2, item, 5.0, 7) for item in (100, 20, 4, 12, 1, 33, 8, 7)]
+    rows += [(9, item, 5.0, 7) for item in ITEM_IDS]
+    tables = build_tables(make_log(rows), DataConfig(min_history=1))
+    assert [row[1] for row in rows_of(tables, np.arange(8))] == sorted(ITEM_IDS)
+
+
+def test_build_tables_half_star_above_the_threshold_is_a_like():
+    rows = [(2, item, 3.5, n) for n, item in enumerate(ITEM_IDS)]
+    rows += [(9, item, 3.0, n) for n, item in enumerate(ITEM_IDS)]
+    events = build_tables(make_log(rows), DataConfig(min_history=1)).events
+    assert events["label"].to_pylist() == [1] * 8 + [0] * 8
+
+
+def test_build_tables_users_without_events_have_an_empty_range():
+    rows = [(9, item, 3.5, n) for n, item in enumerate(ITEM_IDS)]
+    rows += [(31, item, 3.0, n) for n, item in enumerate(ITEM_IDS)]
+    users = build_tables(make_log(rows), DataConfig(min_history=2)).users
+    ranges = zip(users["event_start"].to_pylist(), users["event_end"].to_pylist(), strict=True)
+    assert list(ranges) == [(0, 0), (0, 8), (8, 8), (8, 16)]
+
+
+def test_build_tables_split_sizes_round_down_and_the_rest_is_test():
+    rows = [(u, item, 3.5, n) for u in (2, 9) for n, item in enumerate(ITEM_IDS)]
+    rows += [(10, item, 3.5, n) for n, item in enumerate(ITEM_IDS[:4])]
+    tables = build_tables(make_log(rows), DataConfig(min_history=1))  # 7 + 7 + 3 samples
+    assert np.bincount(tables.samples["split"].to_numpy()).tolist() == [13, 1, 3]
+
+
+@pytest.mark.assets
+def test_build_tables_movielens_100k_meets_the_published_figures():
+    try:
+        folder = assets.resolve_dataset("movielens-100k").path
+    except AssetError as error:
+        pytest.skip(str(error))
+    tables = build_tables(movielens.read(folder), DataConfig())
+    assert (tables.events.num_rows, tables.users.num_rows, tables.items.num_rows) == (
+        100_000,
+        943,
+        1_682,
+    )
+    split, label = (tables.samples[name].to_numpy() for name in ("split", "label"))
+    assert np.bincount(split).tolist() == [76_228, 9_528, 9_529]
+    assert np.bincount(split, label).tolist() == [41_817, 5_389, 5_354]
+    rows = np.array(rows_of(tables, tables.samples["event"].to_numpy())).astype("<i8")
+    digest = hashlib.sha256(rows.tobytes()).hexdigest()
+    assert digest == "2bbbc58e0a9b41d0696a8a032aa8fefe2b505d742243fae5f204143c6a882eaf"
+    columns = [tables.items[name] for name in ("title", "genre")]
+    columns += [tables.users[name] for name in ("gender", "age", "occupation", "zip")]
+    sizes = [len(set(column.to_pylist())) for column in columns]
+    assert sizes == [1_664, 19, 2, 7, 21, 795]

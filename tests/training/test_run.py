@@ -1,0 +1,106 @@
+"""What a run does with bad rows, a flat score, a committed adapter and a foreign checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rellax_ds.config import load_recipe
+from rellax_ds.errors import CheckpointError, ConfigError, RellaxError
+from rellax_ds.stages.train import run_train
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from rellax_ds.artifacts import WorkDir
+
+
+def records(folder: Path, event: str) -> list[dict[str, Any]]:
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["event"] == event]
+
+
+def test_row_without_a_finite_loss_skips_its_step_and_training_ends_with_finite_weights(
+    recipe_file: Path, make_work: Callable[..., WorkDir], caplog: pytest.LogCaptureFixture
+) -> None:
+    work = make_work(poisoned=True)
+    strict = load_recipe(recipe_file, ["train.max_skips=1"])
+    with pytest.raises(RellaxError, match=r"max_skips.*learning_rate"):
+        run_train(strict, work)
+    manifest = run_train(load_recipe(recipe_file), work)
+    assert manifest.counts["skipped"] == 4
+    folder = work.stage_dir("train")
+    assert [r["loss"] for r in records(folder, "step")].count(None) == 4
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    assert "is not finite" in caplog.text
+
+
+def test_schedule_does_not_advance_over_skipped_steps(
+    recipe_file: Path, make_work: Callable[..., WorkDir]
+) -> None:
+    work = make_work(poisoned=True)
+    run_train(load_recipe(recipe_file, ["train.warmup=0"]), work)
+    steps = records(work.stage_dir("train"), "step")
+    expected = [1 - (r["step"] - 1 - p["skipped"]) / 12 for p, r in itertools.pairwise(steps)]
+    assert [r["rate"] for r in steps[1:]] == pytest.approx(expected)
+
+
+def test_flat_valid_score_stops_early_and_the_first_adapter_stays(
+    recipe_file: Path, make_work: Callable[..., WorkDir]
+) -> None:
+    work = make_work()
+    frozen = ["train.learning_rate=1e-12", "train.interaction_learning_rate=1e-12"]
+    recipe = load_recipe(recipe_file, [*frozen, "train.patience=1"])
+    manifest = run_train(recipe, work)
+    assert (manifest.counts["steps"], manifest.counts["step"]) == (6, 3)
+    assert run_train(recipe, work) == manifest
+    assert not list(work.root.glob(".running/*"))
+
+
+def test_untrained_model_starts_at_the_base_rate(
+    recipe_file: Path, make_work: Callable[..., WorkDir]
+) -> None:
+    found = {}
+    for centred in ("true", "false"):
+        work = make_work()
+        recipe = load_recipe(recipe_file, [f"train.centre_logit={centred}", "train.epochs=1"])
+        run_train(recipe, work)
+        found[centred] = records(work.stage_dir("train"), "valid")[0]
+        meta = json.loads((work.stage_dir("train") / "adapter" / "rellax.json").read_text())
+        assert meta["centre"] == found[centred]["centre"]
+    assert found["false"]["centre"] == 0.0
+    assert found["true"]["auc"] == found["false"]["auc"]
+    assert found["true"]["log_loss"] != found["false"]["log_loss"]
+
+
+def test_checkpoint_of_another_recipe_is_refused_by_field_and_survives(
+    recipe_file: Path, make_work: Callable[..., WorkDir]
+) -> None:
+    work = make_work(poisoned=True)
+    with pytest.raises(RellaxError, match="max_skips"):
+        run_train(load_recipe(recipe_file, ["train.max_skips=1", "seed=5"]), work)
+    (checkpoint,) = list(work.root.glob(".running/6_train-*/checkpoints/step-*"))[:1]
+    other = load_recipe(recipe_file, ["seed=5", "train.epochs=3", "model.alpha=7"])
+    with pytest.raises(CheckpointError, match=r"model\.alpha, train\.epochs"):
+        run_train(other, work, str(checkpoint))
+    assert checkpoint.is_dir()
+    with pytest.raises(CheckpointError, match="never committed"):
+        run_train(other, work, str(work.root))
+
+
+def test_conflict_with_the_deepspeed_json_is_found_before_a_model_is_loaded(
+    recipe_file: Path, make_work: Callable[..., WorkDir], tmp_path: Path
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 3}, "gradient_clipping": 9.0}')
+    recipe = load_recipe(recipe_file, [f"train.ds_config={path}"])
+    with pytest.raises(ConfigError, match=r"gradient_clipping.*train\.clip"):
+        run_train(recipe, make_work())
+    assert torch.distributed.is_initialized()

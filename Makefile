@@ -22,7 +22,8 @@ test: .venv/ready
 setup: .venv/ready
 
 # torch first and by itself: on a machine without a GPU this takes the CPU build where one is offered, and nothing that
-# follows asks for another. DeepSpeed's build step imports torch, hence no build isolation.
+# follows asks for another. DeepSpeed's build step imports torch, hence no build isolation; its CPU
+# collective is compiled once at the end, so that no training or test waits for a compiler.
 .venv/ready: pyproject.toml setup.py requirements/constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; pass PYTHON=/path/to/python3.11")'
 	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: python3 has no venv module; install it first (Debian: apt-get install python3-venv)" >&2; exit 1; }
@@ -30,6 +31,7 @@ setup: .venv/ready
 	$(PIP) install --quiet --constraint requirements/constraints.txt setuptools wheel packaging ninja
 	$(PIP) install --quiet --constraint requirements/constraints.txt torch
 	DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation --constraint requirements/constraints.txt --editable '.[all,dev]'
+	$(BIN)/python -m rellax_ds.engine.launch --warm
 	touch $@
 
 clean:

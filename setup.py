@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent
 
 if not (ROOT / "rellax_ds" / "kernels" / "reference.py").is_file():
     sys.exit(
-        "setup.py: rellax_ds/kernels does not lead to kernels/ (an archive unpacked without symlinks?); "
+        "setup.py: rellax_ds/kernels does not lead to kernels/ (unpacked without symlinks?); "
         "run: rm -rf rellax_ds/kernels && ln -s ../kernels rellax_ds/kernels"
     )
 

@@ -103,7 +103,8 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
         loaded, work = _open_run(recipe, set_, work_dir)
         run_stage(stage, loaded, work, resume)
-        typer.echo(f"{stage}: {work.stage_dir(stage)}")
+        if runtime.rank() == 0 and runtime.launcher_process() is None:
+            typer.echo(f"{stage}: {work.stage_dir(stage)}")
 
     command.__doc__ = f"Run stage {STAGES.index(stage) + 1}, {stage}, on committed inputs."
     return command

@@ -80,12 +80,10 @@ def connect() -> None:
 
     A cluster that merely runs on this machine is left alone; RAY_ADDRESS=auto joins it.
     """
-    address = runtime.ray_address()
     runtime.guard_environment()
-    if not address:
-        runtime.guard_local_ray()
     import ray
 
+    address = runtime.ray_address()
     if ray.is_initialized():
         return
     if address:

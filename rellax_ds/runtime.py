@@ -51,7 +51,12 @@ def prepare(verbose: bool = False) -> None:
 
 
 def guard_environment() -> None:
-    """Put the guards into this process's environment; what the user has set stays."""
+    """Put the guards into this process's environment; what the user has set stays.
+
+    Must come before anything imports Ray, which reads its authentication mode when imported.
+    """
+    if not ray_address():
+        _guard_local_ray()
     for name, value in guarded_environment().items():
         os.environ.setdefault(name, value)
 
@@ -64,6 +69,7 @@ def guarded_environment() -> dict[str, str]:
         "OMP_WAIT_POLICY": "passive",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
 
@@ -147,11 +153,9 @@ def ray_address() -> str | None:
     return os.environ.get("RAY_ADDRESS")
 
 
-def guard_local_ray() -> None:
-    """Give a cluster of our own a token of its own, before Ray is imported.
-
-    Ray would otherwise write a token into the home folder, which changes how clusters the user
-    starts later behave.
+def _guard_local_ray() -> None:
+    """Give a cluster of our own a token of its own; Ray would otherwise write one into the home
+    folder, which changes how clusters the user starts later behave.
     """
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
@@ -227,10 +231,15 @@ class Progress:
     Rate and time left are computed here so that both forms show the same figures.
     """
 
-    def __init__(self, label: str, total: int, unit: str, interval: float = 10.0) -> None:
-        """Start counting; `total` in `unit`s, at most one plain line per `interval` seconds."""
+    def __init__(
+        self, label: str, total: int, unit: str, interval: float = 10.0, done: int = 0
+    ) -> None:
+        """Start counting; `total` in `unit`s, at most one plain line per `interval` seconds.
+
+        Work that was `done` before counts as finished, but not towards the rate.
+        """
         self.label, self.total, self.unit, self.interval = label, total, unit, interval
-        self.done = 0
+        self.done = self._before = done
         self._start = time.monotonic()
         self._said = self._start
         self._bar: Any = None
@@ -250,12 +259,12 @@ class Progress:
             )
             self._bar = RichProgress(*columns, console=Console(stderr=True))
             self._bar.start()
-            self._task = self._bar.add_task(label, total=total, note="")
+            self._task = self._bar.add_task(label, total=total, completed=done, note="")
 
     @property
     def rate(self) -> float:
         """Units a second since the start."""
-        return self.done / max(time.monotonic() - self._start, 1e-9)
+        return (self.done - self._before) / max(time.monotonic() - self._start, 1e-9)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Add finished units; `note` is shown beside the rate."""

@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "schema": 0,
     "config": 1,
+    "recipes": 1,
     "artifacts": 1,
     "partitions": 1,
     "runtime": 1,

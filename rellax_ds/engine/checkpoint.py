@@ -122,6 +122,8 @@ class CheckpointStore:
     def choose(self, resume: str) -> Checkpoint | None:
         """The checkpoint to continue from, the same on every rank; a collective.
 
+        Going back to a named checkpoint gives up the later ones of this run.
+
         Args:
             resume: `auto` for the newest valid one, `never` for none, else a checkpoint's folder.
 
@@ -133,7 +135,13 @@ class CheckpointStore:
             self._sweep()
             if resume == "never":
                 return None
-            return newest_valid(self.directory) if resume == "auto" else open_checkpoint(resume)
+            if resume == "auto":
+                return newest_valid(self.directory)
+            named = open_checkpoint(resume)
+            for later in self.directory.glob("step-*"):
+                if later.name > _name(named.step):
+                    self._discard(later)
+            return named
 
         return self.processes.from_rank_zero(find)
 

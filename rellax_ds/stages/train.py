@@ -12,9 +12,7 @@ The DeepSpeed JSON counts by content, not by path.
 
 from __future__ import annotations
 
-import os
 import shutil
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +43,8 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
+
+_LAUNCHED = "launched.yaml"
 
 _NEUTRAL = frozenset(
     {
@@ -282,7 +282,8 @@ def _begin(attempt: StageRun, resume: str) -> None:
 def _commit(attempt: StageRun, counts: dict[str, Any]) -> Manifest:
     directory = attempt.directory
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-    (directory / STOP_FILE).unlink(missing_ok=True)
+    for name in (STOP_FILE, _LAUNCHED):
+        (directory / name).unlink(missing_ok=True)
     manifest = attempt.commit(counts)
     folder = attempt.work.stage_dir("train")
     runtime.logger.info("train: committed %s in %.1f s", folder, manifest.seconds)
@@ -291,21 +292,16 @@ def _commit(attempt: StageRun, counts: dict[str, Any]) -> Manifest:
 
 def _launch(recipe: Recipe, attempt: StageRun, resume: str) -> int:
     """Start the ranks with the recipe as it is resolved here, and wait for them."""
-    running = attempt.directory.parent
-    running.mkdir(parents=True, exist_ok=True)
-    path = running / f"train-{os.getpid()}.yaml"
+    resolve_ds_config(recipe.train, recipe.train.num_processes)
+    attempt.directory.mkdir(parents=True, exist_ok=True)
+    path = attempt.directory / _LAUNCHED
     write_bytes(path, yaml.safe_dump(recipe.model_dump(mode="json")).encode())
     arguments = ["train", "--recipe", str(path), "--work-dir", str(attempt.work.root)]
-    try:
-        return launch_ranks(
-            recipe.train.num_processes,
-            [*arguments, "--resume", resume],
-            attempt.directory / STOP_FILE,
-        )
-    finally:
-        path.unlink(missing_ok=True)
-        with suppress(OSError):
-            running.rmdir()
+    return launch_ranks(
+        recipe.train.num_processes,
+        [*arguments, "--resume", resume],
+        attempt.directory / STOP_FILE,
+    )
 
 
 def _best(state: LoopState) -> dict[str, Any]:
@@ -347,7 +343,7 @@ class TrainStage(Stage):
 
 
 def _build(_context: StageContext) -> dict[str, Any]:
-    raise NotImplementedError("stage 6 runs on all ranks through run_train")
+    raise ArtifactError("train: this stage runs on every rank; call run_train, not its build")
 
 
 STAGE = TrainStage(

@@ -1,9 +1,9 @@
 """The training loop, one screen long: score, checkpoint, leave or step.
 
 Everything a step depends on is a function of (seed, step) or lies in the checkpoint, so a run that
-was killed and resumed is the run that was not. The loop's own state is a few numbers; the order of
-the four questions at the top of `run` is what makes it enough: a stop during a score is scored
-again, a stop between two steps continues with the next one.
+was killed and resumed is the run that was not. The loop's own state is a few numbers, and `run`
+asks for a due score first: a stop during a score is scored again, a stop between two steps
+continues with the next one.
 """
 
 from __future__ import annotations
@@ -99,19 +99,21 @@ class Loop:
             StopTraining: A stop was asked for; a checkpoint of the last whole step is committed.
             RellaxError: `train.max_skips` steps in a row had a non-finite gradient.
         """
-        state = self.state
-        rows = (self.total - state.step) * self.train.global_batch
-        with runtime.Progress("train", rows, "samples") as self.progress:
-            while True:
-                if self._score_due():
-                    self._score()
-                if self._checkpoint_due():
-                    self._checkpoint()
-                if state.step >= self.total or self._gave_up():
-                    return state
-                self._step()
+        while True:
+            if self._score_due():
+                self._score()
+                self._checkpoint_if_due()
+            if self.state.step >= self.total or self._gave_up():
+                return self.state
+            with self._progress() as progress:
+                while not self._score_due():
+                    loss = self._step()
+                    progress.advance(self.train.global_batch, f"loss {loss:.4f}")
+                    if not self._score_due():
+                        self._checkpoint_if_due()
 
-    def _step(self) -> None:
+    def _step(self) -> float:
+        """Take one optimiser step; returns its loss over all ranks."""
         state, started = self.state, time.monotonic()
         factor = rate_factor(
             self.train.schedule, state.step - state.skipped, self.total, self.warmup
@@ -128,10 +130,11 @@ class Loop:
         state.skipped += outcome.skipped
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if outcome.skipped else 0
         seconds = time.monotonic() - started
+        loss *= self.train.micro_batch / self.train.global_batch
         record = {
             "event": "step",
             "step": state.step,
-            "loss": loss * self.train.micro_batch / self.train.global_batch,
+            "loss": loss,
             "rate": factor,
             "learning_rate": self.train.learning_rate * factor,
             "gradient_norm": outcome.gradient_norm,
@@ -140,8 +143,8 @@ class Loop:
             "tokens_per_second": tokens / seconds,
         }
         self.sinks.write(record)
-        self.progress.advance(self.train.global_batch, f"loss {record['loss']:.4f}")
         self._mind_skips(outcome.skipped)
+        return loss
 
     def _score(self) -> None:
         state = self.state
@@ -217,13 +220,19 @@ class Loop:
         if self.engine.processes.first:
             runtime.logger.warning("train: step %d skipped, its gradient is not finite", step)
 
+    def _progress(self) -> runtime.Progress:
+        rows = self.train.global_batch
+        done = self.state.step * rows
+        return runtime.Progress("train", self.total * rows, "samples", done=done)
+
     def _score_due(self) -> bool:
         step, every = self.state.step, self.train.eval_every or self.stream.steps_per_epoch
         return step != self.state.scored and (step % every == 0 or step == self.total)
 
-    def _checkpoint_due(self) -> bool:
+    def _checkpoint_if_due(self) -> None:
         step, every = self.state.step, self.train.checkpoint_every
-        return step > 0 and (step % every == 0 if every else step == self.state.scored)
+        if step > 0 and (step % every == 0 if every else step == self.state.scored):
+            self._checkpoint()
 
     def _gave_up(self) -> bool:
         return self.train.patience is not None and self.state.stale >= self.train.patience

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rellax_ds import metrics
+from rellax_ds import metrics, runtime
 from rellax_ds.errors import ShardError
 
 if TYPE_CHECKING:
@@ -67,12 +67,15 @@ def score_split(
         ShardError: A sample was scored twice or not at all.
     """
     rows: list[npt.NDArray[np.float64]] = []
-    for batch, repeated in batches:
-        before_batch()
-        logits = engine.score(batch)
-        if not repeated:
-            columns = (batch.sample_ids.cpu().numpy(), batch.labels.cpu().numpy(), logits.numpy())
-            rows.append(np.stack([column.astype(np.float64) for column in columns], axis=1))
+    with runtime.Progress("valid", num_samples, "samples") as progress:
+        for batch, repeated in batches:
+            before_batch()
+            logits = engine.score(batch)
+            if not repeated:
+                ids, labels = batch.sample_ids.numpy(), batch.labels.numpy()
+                rows.append(np.stack([ids, labels, logits.numpy()], axis=1, dtype=np.float64))
+            scored = batch.size * engine.processes.world_size
+            progress.advance(min(scored, num_samples - progress.done))
     local = np.concatenate(rows) if rows else np.zeros((0, 3))
     table = np.concatenate(engine.processes.gather(local))
     ids, first = np.unique(table[:, 0], return_index=True)

@@ -147,6 +147,10 @@ def test_choice_never_starts_over_and_leftovers_of_kills_are_swept(
     chosen = store.choose("auto")
     assert chosen is not None
     assert chosen.step == 2
+    chosen = store.choose(str(copied / "step-00000001"))
+    assert chosen is not None
+    assert chosen.step == 1
+    assert newest_valid(copied) == chosen, "the run would jump back to the abandoned step 2"
 
 
 def test_retention_keeps_the_newest_and_the_best(

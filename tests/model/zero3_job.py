@@ -6,6 +6,10 @@ import json
 import sys
 from pathlib import Path
 
+from rellax_ds import runtime
+
+runtime.prepare_engine(cuda=False)
+
 import deepspeed
 import torch
 from safetensors.torch import load_file

@@ -100,16 +100,19 @@ def test_any_prompt_holds_the_titles_of_allowed_events_only(
         row["history_start"], row["history_end"] - row["history_start"]
     )
     prompt, _ = worker._prompt((sample, variant), worker._samples([(sample, variant)])[0], "train")
-    *lines, question = worker.builder.tokens._tokenizer.decode(prompt.input_ids).split("\n")
+    lead_in, *lines, question = worker.builder.tokens._tokenizer.decode(prompt.input_ids).split(
+        "\n"
+    )
     shown = {
-        f"Does this viewer like {display_name(titles[item])}~? {'Yes' if label else 'No'}"
+        f"{display_name(titles[item])}~? {'Yes' if label else 'No'}"
         for item, label in zip(
             *(allowed[name].to_pylist() for name in ("item", "label")), strict=True
         )
     }
+    assert lead_in == "Does this viewer like these films?"
     assert set(lines) <= shown
     assert len(lines) == min(LENGTH, allowed.num_rows)
-    assert question == f"Does this viewer like {display_name(titles[row['item']])}~?"
+    assert question == f"{display_name(titles[row['item']])}~?"
 
 
 def test_mixed_shards_hold_both_histories_of_a_shot(mixed: Path) -> None:

@@ -85,9 +85,9 @@ def test_checkpoint_of_another_recipe_is_refused_by_field_and_survives(
 ) -> None:
     work = make_work(poisoned=True)
     with pytest.raises(RellaxError, match="max_skips"):
-        run_train(load_recipe(recipe_file, ["train.max_skips=1", "seed=5"]), work)
+        run_train(load_recipe(recipe_file, ["train.max_skips=1", "seed=7"]), work)
     (checkpoint,) = list(work.root.glob(".running/6_train-*/checkpoints/step-*"))[:1]
-    other = load_recipe(recipe_file, ["seed=5", "train.epochs=3", "model.alpha=7"])
+    other = load_recipe(recipe_file, ["seed=7", "train.epochs=3", "model.alpha=7"])
     with pytest.raises(CheckpointError, match=r"model\.alpha, train\.epochs"):
         run_train(other, work, str(checkpoint))
     assert checkpoint.is_dir()
@@ -104,3 +104,12 @@ def test_conflict_with_the_deepspeed_json_is_found_before_a_model_is_loaded(
     with pytest.raises(ConfigError, match=r"gradient_clipping.*train\.clip"):
         run_train(recipe, make_work())
     assert torch.distributed.is_initialized()
+
+
+def test_ranks_that_cannot_share_the_batch_are_refused_before_any_is_started(
+    recipe_file: Path, make_work: Callable[..., WorkDir]
+) -> None:
+    work = make_work()
+    with pytest.raises(ConfigError, match="number of ranks can be 1, 2"):
+        run_train(load_recipe(recipe_file, ["train.num_processes=3"]), work)
+    assert not work.root.joinpath(".running").exists()

@@ -2,7 +2,7 @@
 
 Integer arithmetic only. A library's random stream may change between versions, and a resume after
 an upgrade would then reorder silently; the permutation here is pinned by golden tests. Length
-bucketing happens inside one optimiser step, where it changes no gradient but saves padding.
+bucketing happens inside a short window of steps, so a step's samples follow from its number.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from rellax_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+WINDOW_STEPS = 16
+"""Steps whose samples are sorted by length together."""
 
 _ROUNDS = 8
 _WORD = (1 << 64) - 1
@@ -101,9 +104,11 @@ def step_batches(
 ) -> list[list[int]]:
     """One rank's micro-batches of one optimiser step.
 
-    Step t takes positions t*G to (t+1)*G of the epoch's order, sorts them by prompt length and cuts
-    them into micro-batches; micro-batch m goes to rank m mod world_size. The cut does not depend on
-    the world size, so neither do the gradients, up to the order of their sum.
+    The epoch's order is cut into windows of `WINDOW_STEPS` steps. A window's samples are sorted by
+    prompt length, cut into global batches, and these are dealt to its steps in a seeded order: the
+    ranks of a step meet prompts of like length, so none waits for another's longer ones. Inside a
+    step, micro-batch m goes to rank m mod world_size. The cut does not depend on the world size, so
+    neither do the gradients, up to the order of their sum.
 
     Args:
         samples: The training shards.
@@ -126,12 +131,16 @@ def step_batches(
             f"train.global_batch {global_batch} is no multiple of micro_batch {micro_batch} x"
             f" {world_size} processes"
         )
-    if not 0 <= step < steps_per_epoch(len(samples), global_batch):
+    steps = steps_per_epoch(len(samples), global_batch)
+    if not 0 <= step < steps:
         raise ConfigError(f"step {step} lies outside an epoch of {len(samples)} samples")
-    start = step * global_batch
-    positions = epoch_order(len(samples), seed, epoch, start, start + global_batch)
-    positions = positions[np.lexsort((positions, samples.lengths[positions]))]
-    micro_batches = positions.reshape(-1, micro_batch)
+    first = step - step % WINDOW_STEPS
+    last = min(first + WINDOW_STEPS, steps)
+    window = epoch_order(len(samples), seed, epoch, first * global_batch, last * global_batch)
+    window = window[np.lexsort((window, samples.lengths[window]))]
+    key = runtime.stable_seed("window", seed, epoch, first)
+    (place,) = permute(np.array([step - first], np.uint64), last - first, key)
+    micro_batches = window.reshape(last - first, -1, micro_batch)[place]
     return [batch.tolist() for batch in micro_batches[rank::world_size]]
 
 

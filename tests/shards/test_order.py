@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rellax_ds.errors import ConfigError
 from rellax_ds.shards.order import (
+    WINDOW_STEPS,
     epoch_order,
     eval_batches,
     mix64,
@@ -69,7 +70,31 @@ def test_step_batches_hold_the_same_micro_batches_at_any_world_size(
     alone = step_batches(samples, 42, 3, 2, 16, 4, 0, 1)
     ranks = [step_batches(samples, 42, 3, 2, 16, 4, r, world_size) for r in range(world_size)]
     assert [batch for group in zip(*ranks, strict=True) for batch in group] == alone
-    assert sorted(itertools.chain(*alone)) == sorted(epoch_order(101, 42, 3, 32, 48).tolist())
+
+
+def test_steps_of_a_window_hold_its_samples_once_and_neighbouring_windows_stay_apart() -> None:
+    samples = Lengths(np.random.default_rng(1).integers(5, 90, 40 * 8))
+    for first, last in ((0, WINDOW_STEPS), (WINDOW_STEPS, 32), (32, 40)):
+        used = [
+            n
+            for s in range(first, last)
+            for b in step_batches(samples, 9, 1, s, 8, 4, 0, 1)
+            for n in b
+        ]
+        assert sorted(used) == sorted(epoch_order(320, 9, 1, first * 8, last * 8).tolist())
+
+
+def test_ranks_of_a_step_meet_prompts_of_like_length() -> None:
+    samples = Lengths(np.random.default_rng(2).integers(5, 90, 64 * 16))
+    spread, means = [], []
+    for step in range(64):
+        ranks = [step_batches(samples, 7, 0, step, 16, 8, r, 2)[0] for r in range(2)]
+        longest = [int(samples.lengths[batch].max()) for batch in ranks]
+        spread.append(abs(longest[0] - longest[1]))
+        means.append(float(np.mean(longest)))
+    assert np.mean(spread) < 6
+    # Lengths are not visited in order: neighbouring steps are far apart.
+    assert np.abs(np.diff(means)).mean() > 15
 
 
 def test_step_batches_of_an_epoch_use_no_sample_twice(samples: Lengths) -> None:

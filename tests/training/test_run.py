@@ -85,9 +85,9 @@ def test_checkpoint_of_another_recipe_is_refused_by_field_and_survives(
 ) -> None:
     work = make_work(poisoned=True)
     with pytest.raises(RellaxError, match="max_skips"):
-        run_train(load_recipe(recipe_file, ["train.max_skips=1", "seed=7"]), work)
+        run_train(load_recipe(recipe_file, ["train.max_skips=1", "seed=8"]), work)
     (checkpoint,) = list(work.root.glob(".running/6_train-*/checkpoints/step-*"))[:1]
-    other = load_recipe(recipe_file, ["seed=7", "train.epochs=3", "model.alpha=7"])
+    other = load_recipe(recipe_file, ["seed=8", "train.epochs=3", "model.alpha=7"])
     with pytest.raises(CheckpointError, match=r"model\.alpha, train\.epochs"):
         run_train(other, work, str(checkpoint))
     assert checkpoint.is_dir()

@@ -55,7 +55,7 @@ def guard_environment() -> None:
 
     Must come before anything imports Ray, which reads its authentication mode when imported.
     """
-    if not ray_address():
+    if not ray_address() and "ray" not in sys.modules:
         _guard_local_ray()
     for name, value in guarded_environment().items():
         os.environ.setdefault(name, value)

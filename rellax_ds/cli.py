@@ -52,7 +52,7 @@ def _open_run(
 ) -> tuple[Recipe, WorkDir]:
     """Load the recipe and name the run's folder."""
     loaded = load_recipe(recipe, overrides)
-    return loaded, WorkDir(work_dir or Path("work") / loaded.name)
+    return loaded, WorkDir(work_dir or runtime.default_work_dir(loaded.name))
 
 
 @app.command()

@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -97,6 +98,14 @@ def connect() -> None:
             log_to_driver=False,
             configure_logging=False,
         )
+
+
+def disconnect() -> None:
+    """Leave the Ray cluster, and end it if it is our own; `connect` may be called again."""
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()
 
 
 def run_partitions(

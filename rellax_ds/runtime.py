@@ -37,6 +37,8 @@ _PACKAGES = (
     "polars",
 )
 
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
+
 
 def prepare(verbose: bool = False) -> None:
     """Set the process up: log format, thread policy, and the guards of libraries that read the
@@ -127,6 +129,16 @@ def cache_dir() -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "rellax-ds"
+
+
+def default_work_dir(name: str) -> Path:
+    """Folder of a run whose user named none: `work/NAME`, in a submitted Ray job `~/work/NAME`.
+
+    A submitted job runs in a temporary copy of the checkout, which Ray deletes with what lies in
+    it.
+    """
+    submitted = _SUBMITTED in os.environ
+    return (Path.home() if submitted else Path()) / "work" / name
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

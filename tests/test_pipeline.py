@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -57,7 +57,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Home folder of the cluster's user."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Iterator[str]:
     """A Ray head on ports of its own; yields the address of its Jobs API."""
     port, dashboard = free_port(), free_port()
     command = [
@@ -67,34 +73,39 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("ray") / "head.log"
     with log.open("w") as sink:
         process = subprocess.Popen(
-            command, env=environment(), stdout=sink, stderr=sink, start_new_session=True
+            command,
+            env=environment(HOME=str(home)),
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", dashboard), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.3)
-        yield f"http://127.0.0.1:{dashboard}"
+        address = f"http://127.0.0.1:{dashboard}"
+        probe = ["ray", "job", "submit", "--address", address, "--", "true"]
+        deadline = time.monotonic() + 150
+        # The port opens before the agent that starts jobs is up; only a job shows that it is.
+        while subprocess.run(probe, env=environment(), capture_output=True, check=False).returncode:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        yield address
     finally:
-        process.send_signal(signal.SIGTERM)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
         process.wait(timeout=30)
+        _, alive = psutil.wait_procs(family, timeout=10)
+        for survivor in alive:
+            survivor.kill()
 
 
 @pytest.fixture(scope="module")
-def submitted(head: str, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> WorkDir:
-    """Stages 1 to 5, submitted to the cluster as the README says."""
-    work = tmp_path_factory.mktemp("submitted")
+def submitted(head: str, recipe: Path, home: Path) -> WorkDir:
+    """Stages 1 to 5, submitted to the cluster as the README says, with nothing but the recipe."""
     call(
         *("ray", "job", "submit", "--address", head, "--working-dir", ".", "--"),
         *("python", "ray_jobs/pipeline.py", "--recipe", str(recipe), "--until", "shards"),
-        *("--work-dir", str(work)),
     )
-    return WorkDir(work)
+    return WorkDir(home / "work" / recipe.stem)
 
 
 @pytest.fixture(scope="module")

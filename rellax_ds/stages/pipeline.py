@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rellax_ds.artifacts import STAGES, Manifest, WorkDir
 from rellax_ds.errors import ConfigError
+from rellax_ds.partitions import disconnect
 
 if TYPE_CHECKING:
     from rellax_ds.config import Recipe
@@ -41,6 +42,7 @@ def run_stage(name: str, recipe: Recipe, work: WorkDir, resume: str = "auto") ->
     if name == "train":
         from rellax_ds.stages.train import run_train
 
+        disconnect()  # a local cluster's processes would share the ranks' cores and memory
         return run_train(recipe, work, resume)
     return load_stage(name).run(recipe, work)
 

@@ -30,7 +30,7 @@ setup: .venv/ready
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install --quiet --constraint requirements/constraints.txt setuptools wheel packaging ninja
 	$(PIP) install --quiet --constraint requirements/constraints.txt torch
-	DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation --constraint requirements/constraints.txt --editable '.[all,dev]'
+	DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation --constraint requirements/constraints.txt --editable '.[all,cpu,dev]'
 	$(BIN)/python -m rellax_ds.engine.launch --warm
 	touch $@
 

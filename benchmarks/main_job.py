@@ -6,11 +6,8 @@ that skips all eight stages. Figures end the output, one a line: FIGURE name val
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -18,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import Report, parser
 from rellax_ds.artifacts import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,10 +24,9 @@ MINIMUM_ROWS = 1000
 
 def main() -> int:
     """Run the job and print its figures; 1 when the gate fails."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="ml100k_demo")
-    parser.add_argument("--report", action="store_true", help="write a dated page into reports/")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--recipe", default="ml100k_demo")
+    options = arguments.parse_args()
     with tempfile.TemporaryDirectory(prefix="rellax-main-job-") as folder:
         clone, home = Path(folder) / "clone", Path(folder) / "home"
         home.mkdir()
@@ -40,15 +37,13 @@ def main() -> int:
             (clone / "work" / options.recipe / "8_report" / "report.json").read_text()
         )
         commit = git(clone, "rev-parse", "HEAD")
-    failures = gate(report, output)
+    page = Report(options.recipe, failures=gate(report, output))
     figures = figures_of(report) | {"minutes": first / 60, "again_seconds": second}
-    for failure in failures:
-        print(f"gate failed: {failure}")
-    if options.report:
-        write_page(options.recipe, commit, report, figures)
-    for name, value in figures.items():
-        print(f"FIGURE {options.recipe}_{name} {value:.4f}")
-    return 1 if failures else 0
+    page.figures = {f"{options.recipe}_{name}": value for name, value in figures.items()}
+    page.table(["stage", "seconds"], [[s["stage"], float(s["seconds"])] for s in report["stages"]])
+    said = (*report["statements"]["protocol"], *report["statements"]["result"])
+    page.body.append("\n".join(f"- {line}" for line in said))
+    return page.finish(options.report, commit)
 
 
 def demo(clone: Path, home: Path, recipe: str) -> tuple[float, str]:
@@ -99,34 +94,6 @@ def figures_of(report: dict[str, Any]) -> dict[str, float]:
     for model in ("crm", "logistic", "last_labels"):
         figures[f"{model}_test_auc"] = result(report, model)["auc"]["value"]
     return figures
-
-
-def write_page(recipe: str, commit: str, report: dict[str, Any], figures: dict[str, float]) -> None:
-    """A dated Markdown page with the figures and what they were measured with."""
-    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
-    lines = [
-        f"# {recipe}, {today}",
-        "",
-        f"`python -m benchmarks.main_job --recipe {recipe} --report` at {commit[:12]} on "
-        f"{os.cpu_count()} cores ({platform.machine()}); {versions}.",
-        "",
-        "| figure | value |",
-        "|---|---|",
-        *(f"| {name} | {value:.4f} |" for name, value in figures.items()),
-        "",
-        "| stage | seconds |",
-        "|---|---|",
-        *(f"| {s['stage']} | {s['seconds']:.1f} |" for s in report["stages"]),
-        "",
-        *(
-            f"- {line}"
-            for line in (*report["statements"]["protocol"], *report["statements"]["result"])
-        ),
-    ]
-    page = ROOT / "benchmarks" / "reports" / f"{today}-{recipe}.md"
-    page.parent.mkdir(exist_ok=True)
-    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def git(folder: Path, *arguments: str) -> str:

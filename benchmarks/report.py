@@ -64,9 +64,7 @@ class Report:
         for failure in self.failures:
             print(f"gate failed: {failure}")
         for name, value in self.figures.items():
-            print(
-                f"FIGURE {name} {value:.6g}" if abs(value) < 1e5 else f"FIGURE {name} {value:.0f}"
-            )
+            print(f"FIGURE {name} {value:.6f}")
         return 1 if self.failures else 0
 
     def _write(self, commit: str) -> None:

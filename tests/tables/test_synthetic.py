@@ -1,5 +1,7 @@
 """The generator's promises: exact counts, the tables' order, planted interests, one seed."""
 
+import dataclasses
+
 import numpy as np
 import polars as pl
 import pytest
@@ -77,17 +79,21 @@ def test_ratings_follow_the_topics_a_user_likes():
     assert share[0] > share[-4:].mean() + 0.2
 
 
-def test_interests_drift_so_that_a_users_ends_differ_more_than_their_halves_shuffled():
-    made, topics = columns(SMALL), synthetic.item_topics(SMALL, 0)
-    rng = np.random.default_rng(0)
-    apart, shuffled = [], []
-    for start, end in zip(made["user_start"][:-1], made["user_start"][1:], strict=True):
-        topic = topics[made["item"][start:end]]
-        for order, found in ((topic, apart), (rng.permutation(topic), shuffled)):
-            half = len(order) // 2
-            parts = [np.bincount(part, minlength=18) for part in (order[:half], order[-half:])]
-            found.append(np.abs(parts[0] - parts[1]).sum() / half)
-    assert np.mean(apart) > np.mean(shuffled) + 0.2
+@pytest.mark.parametrize("seed", range(3))
+def test_interests_drift_so_that_the_ends_of_a_history_differ_more_than_without(seed):
+    spec = Spec(num_users=20, num_items=20_000, num_events=20_000, min_events=500)
+    topics = synthetic.item_topics(spec, seed)
+    apart = []
+    for drift in (spec.drift, 0.0):
+        made = columns(dataclasses.replace(spec, drift=drift), seed)
+        found = []
+        for start, end in zip(made["user_start"][:-1], made["user_start"][1:], strict=True):
+            topic = topics[made["item"][start:end]]
+            part = len(topic) // 4
+            counts = [np.bincount(rows, minlength=18) for rows in (topic[:part], topic[-part:])]
+            found.append(np.abs(counts[0] - counts[1]).sum() / part)
+        apart.append(np.mean(found))
+    assert apart[0] > apart[1] + 0.25
 
 
 def test_item_vectors_are_distinct_unit_rows_close_within_a_topic():

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 MAX_CACHED_ITEMS = 8192
-"""Items in the cache at most: 256 MiB of similarities."""
+"""Items in the cache at most: 256 MiB of similarities, and places that fit 16 bits."""
 
 _SCALE = float(2**26)
 _TILE_ROWS = 1024
@@ -63,7 +63,8 @@ class SimilarityCache:
     """Similarity of every pair of the C most frequent items.
 
     Attributes:
-        place: int32 [num_items], row of an item in `cosine`, -1 for an item that is not cached.
+        place: int32 [num_items], row of an item in `cosine`, -1 for an item that is not cached. The
+            most frequent item has row 0: columns that are read most lie side by side.
         cosine: Float32 [C, C].
     """
 
@@ -89,7 +90,7 @@ class SimilarityCache:
         """
         counts = np.bincount(event_item, minlength=len(vectors))
         size = min(limit, math.isqrt(num_pairs), int(np.count_nonzero(counts)))
-        items = np.sort(np.argsort(-counts, kind="stable")[:size])
+        items = np.argsort(-counts, kind="stable")[:size]
         place = np.full(len(vectors), -1, np.int32)
         place[items] = np.arange(size, dtype=np.int32)
         chosen = vectors[torch.from_numpy(items)]

@@ -42,7 +42,7 @@ class _Work:
         vectors: Quantised item vectors, float64 [num_items, d].
         cache: Similarities of popular items.
         item: int32 [num_events], item of every event.
-        code: uint32 [num_events], column of the event's item in the cache, 0 for a rare one.
+        code: uint16 [num_events], column of the event's item in the cache, 0 for a rare one.
         rare: int64 [num_events + 1], how many events before each row are of items not cached.
         target: int64 [n], item of every sample.
         start: int64 [n].
@@ -56,7 +56,7 @@ class _Work:
     vectors: torch.Tensor
     cache: SimilarityCache
     item: NDArray[np.integer]
-    code: NDArray[np.uint32]
+    code: NDArray[np.uint16]
     rare: Ints
     target: Ints
     start: Ints
@@ -109,7 +109,7 @@ def retrieve(
         vectors=vectors,
         cache=cache,
         item=event_item,
-        code=np.maximum(place_of_event, 0).astype(np.uint32),
+        code=np.maximum(place_of_event, 0).astype(np.uint16),
         rare=rare,
         target=target_item.astype(np.int64),
         start=history_start,
@@ -121,6 +121,8 @@ def retrieve(
     )
     mixed = (cache.place[work.target] < 0) | (rare[history_end] > rare[history_start])
     cached = np.flatnonzero(~mixed)
+    rows_of_cache = cache.place[work.target[cached]].astype(np.uint16)
+    cached = cached[np.argsort(rows_of_cache, kind="stable")]
     jobs = [(_search_cached, rows) for rows in _share(cached, length[cached], num_threads)]
     jobs += [(_search_mixed, rows) for rows in _users(work, np.flatnonzero(mixed), num_threads)]
     _run(jobs, work, num_threads)

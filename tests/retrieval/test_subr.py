@@ -153,8 +153,8 @@ def test_cache_holds_the_most_frequent_items_and_no_more_pairs_than_are_asked_fo
     event_item = np.array([5, 5, 5, 1, 1, 3, 3, 0])
     monkeypatch.setattr("rellax_ds.retrieval.similarity._TILE_ROWS", 2)
     cache = SimilarityCache.build(quantise(vectors), event_item, num_pairs=10)
-    assert cache.place.tolist() == [-1, 0, -1, 1, -1, 2]
-    expected = cosine(quantise(vectors[[1, 3, 5]]), quantise(vectors[[1, 3, 5]]))
+    assert cache.place.tolist() == [-1, 1, -1, 2, -1, 0]
+    expected = cosine(quantise(vectors[[5, 1, 3]]), quantise(vectors[[5, 1, 3]]))
     assert (cache.cosine == expected).all()
     everything = SimilarityCache.build(quantise(vectors), event_item, num_pairs=10**6)
     assert (everything.place >= 0).tolist() == [True, True, False, True, False, True]

@@ -59,7 +59,7 @@ def select_mixed(
     k: int,
     out: Any,
     found: Any,
-    direct_row: Any,
+    line: Any,
     direct: Any,
     patch_event: Any,
     patch: Any,
@@ -69,25 +69,25 @@ def select_mixed(
     Args:
         cosine: See `select_cached`.
         code: See `select_cached`; anything valid for an item that is not cached.
-        row: See `select_cached`; ignored where `direct_row` is not -1.
+        row: See `select_cached`; -1 for a target that is not cached.
         start: First event of the histories.
         end: int64 [n].
         place: int64 [n].
         k: Events of a sample at most.
         out: See `select_cached`.
         found: See `select_cached`.
-        direct_row: int64 [n], row of `direct` for a target that is not cached, else -1.
-        direct: float32 [., longest history] seen as int32.
+        line: int64 [n], the sample's line of `direct` where `row` is -1, else of `patch`.
+        direct: float32 [., longest history] seen as int32, similarity to every event.
         patch_event: int64 [p], ascending, events from `start` on whose item is not cached.
-        patch: float32 [p, n] seen as int32, their similarity to every target.
+        patch: float32 [., p] seen as int32, similarity to those.
     """
     score = np.empty(max(1, end.max() - start), np.int32)
     for i in range(row.size):
         n = end[i] - start
-        if direct_row[i] >= 0:
-            known = direct[direct_row[i]]
+        known = line[i]
+        if row[i] < 0:
             for j in range(n):
-                score[j] = _ordered(known[j])
+                score[j] = _ordered(direct[known, j])
         else:
             scores_of_row = cosine[row[i]]
             for j in range(n):
@@ -96,7 +96,7 @@ def select_mixed(
                 j = patch_event[p] - start
                 if j >= n:
                     break
-                score[j] = _ordered(patch[p, i])
+                score[j] = _ordered(patch[known, p])
         _choose(score, n, k, start, place[i], out, found)
 
 

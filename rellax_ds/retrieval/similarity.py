@@ -52,10 +52,14 @@ def cosine(queries: torch.Tensor, keys: torch.Tensor) -> Floats:
     Returns:
         Float32 [n, m], each entry the exact product rounded once.
     """
-    exact = queries @ keys.T
+    similarity: Floats = exact_cosine(queries @ keys.T).numpy()
+    return similarity
+
+
+def exact_cosine(products: torch.Tensor) -> torch.Tensor:
+    """Float32 similarity of exact float64 `products` of quantised vectors; overwrites them."""
     # Adding zero turns -0, which a sum of products may leave, into the 0 it equals.
-    rounded: Floats = exact.mul_(_SCALE**-2).to(torch.float32).add_(0.0).numpy()
-    return rounded
+    return products.mul_(_SCALE**-2).to(torch.float32).add_(0.0)
 
 
 @dataclass(frozen=True)

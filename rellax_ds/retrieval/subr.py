@@ -2,9 +2,9 @@
 
 Work lies in event order, by user and then by prefix, so a history is a slice and nothing is of size
 events x events. Similarities come from the cache of popular items or, for a user with rarer ones,
-from matrix products over blocks of bounded size; both are exact (see `similarity`), so the result
-is the same for any partition, block or number of threads. Of equal similarities the later events
-win.
+from matrix products over blocks of a user's targets and their longest prefix. Both are exact (see
+`similarity`), so the result is the same for any partition, block or number of threads. Of equal
+similarities the later events win.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Ints = NDArray[np.int64]
 
-_BLOCK_ELEMENTS = 1 << 21
+_BLOCK_ROWS = 128
 _PIECES_PER_THREAD = 4
 SAMPLE_COST = 64
 """What choosing costs beside the scoring, in scored pairs."""
@@ -182,27 +182,19 @@ def _search_user(work: _Work, rows: Ints) -> None:
     """Search one user's samples, ordered by prefix, in blocks of bounded size."""
     start, longest = int(work.start[rows[0]]), int(work.end[rows[-1]])
     history = work.vectors[torch.from_numpy(work.item[start:longest].astype(np.int64))]
-    first = 0
-    while first < rows.size:
-        # A block is at most `_BLOCK_ELEMENTS` of (samples x longest prefix), which grows with it.
-        size = np.arange(1, rows.size - first + 1) * (work.end[rows[first:]] - start)
-        last = first + max(1, int(np.searchsorted(size, _BLOCK_ELEMENTS, side="right")))
-        _search_block(work, rows[first:last], start, history)
-        first = last
+    for first in range(0, rows.size, _BLOCK_ROWS):
+        _search_block(work, rows[first : first + _BLOCK_ROWS], start, history)
 
 
 def _search_block(work: _Work, rows: Ints, start: int, history: torch.Tensor) -> None:
+    """Multiply what the cache lacks, targets or behaviours, and select."""
     end = int(work.end[rows[-1]])
-    targets = work.vectors[torch.from_numpy(work.target[rows])]
     row = work.cache.place[work.target[rows]]
-    uncached = np.flatnonzero(row < 0)
-    direct_row = np.full(rows.size, -1, np.int64)
-    direct_row[uncached] = np.arange(uncached.size)
+    targets = work.vectors[torch.from_numpy(work.target[rows])]
     rare = np.flatnonzero(np.diff(work.rare[start : end + 1]))
-    if uncached.size < rows.size:
-        patch = cosine(history[torch.from_numpy(rare)], targets)
-    else:
-        rare, patch = rare[:0], np.empty((0, rows.size), np.float32)
+    cached = row >= 0
+    direct = cosine(targets[torch.from_numpy(~cached)], history[: end - start])
+    patch = cosine(targets[torch.from_numpy(cached)], history[torch.from_numpy(rare)])
     select_mixed(
         work.cache.cosine.view(np.int32),
         work.code,
@@ -213,8 +205,8 @@ def _search_block(work: _Work, rows: Ints, start: int, history: torch.Tensor) ->
         work.k,
         work.events,
         work.similarity.view(np.int32),
-        direct_row,
-        cosine(targets[torch.from_numpy(uncached)], history[: end - start]).view(np.int32),
+        np.where(cached, np.cumsum(cached), np.cumsum(~cached)) - 1,
+        direct.view(np.int32),
         start + rare,
         patch.view(np.int32),
     )

@@ -36,9 +36,11 @@ def build(context: StageContext) -> dict[str, Any]:
             "columns": str(columns),
             "vectors_path": str(vectors),
             "num_retrieved": settings.num_retrieved,
+            "device": settings.device,
         },
         context.directory,
         context.key,
+        num_gpus=1.0 if settings.device == "cuda" else 0.0,
     )
     path = context.directory / "retrieved.parquet"
     num_samples = pq.read_metadata(tables / "samples.parquet").num_rows

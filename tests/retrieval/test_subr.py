@@ -126,7 +126,7 @@ def test_retrieve_cutting_into_blocks_changes_no_bit(monkeypatch, cache_limit):
     targets, ends = event_item[5:], np.arange(5, 400)
     arguments = (quantise(vectors), event_item, targets, np.zeros(395, np.int64), ends, 7)
     whole = subr.retrieve(*arguments)
-    monkeypatch.setattr(subr, "_BLOCK_ELEMENTS", 900)
+    monkeypatch.setattr(subr, "_BLOCK_ROWS", 9)
     cut = subr.retrieve(*arguments, cache=cached(vectors, event_item, cache_limit))
     for found, expected in zip(cut, whole, strict=True):
         assert (found == expected).all()

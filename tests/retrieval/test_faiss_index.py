@@ -149,10 +149,10 @@ def test_empty_copy_of_a_full_index_holds_only_what_it_is_given(kind):
     vectors, item = long_history()
     full = HistoryIndex.build(vectors[item[:600]], options(kind), vectors)
     copied = full.empty_copy()
-    copied.add(vectors[item[:200]])
+    copied.add(vectors[item[600:800]])
     assert (len(full), len(copied)) == (600, 200)
-    expected = HistoryIndex.build(vectors[item[:200]], options(kind), vectors)
-    queries = vectors[item[600:650]]
+    expected = HistoryIndex.build(vectors[item[600:800]], options(kind), vectors)
+    queries = vectors[item[800:850]]
     assert (copied.search(queries, 5)[0] == expected.search(queries, 5)[0]).all()
 
 

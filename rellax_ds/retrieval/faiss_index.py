@@ -243,7 +243,7 @@ class HistoryIndex:
         for first in range(0, len(found), step):
             rows = slice(first, first + step)
             events = _quantised(self._vectors[found[rows]])
-            value[rows] = (events @ whole[rows, :, None])[:, :, 0] / _SCALE**2
+            value[rows] = _cosine((events @ whole[rows, :, None])[:, :, 0])
         value[found < 0] = -np.inf
         return value
 
@@ -253,7 +253,7 @@ class HistoryIndex:
         for first in range(start, stop, _TILE_ROWS):
             last = min(first + _TILE_ROWS, stop)
             product = whole @ _quantised(self._vectors[first:last]).T
-            value[:, first - start : last - start] = product / _SCALE**2
+            value[:, first - start : last - start] = _cosine(product)
         return value
 
     def _error_bound(self) -> float:
@@ -390,9 +390,14 @@ def _import_faiss() -> Any:
 
 
 def _quantised(vectors: Floats) -> Doubles:
-    """Whole numbers in float64, as `subr` forms them."""
+    """Whole numbers in float64, see `similarity`, which computes the same with torch."""
     whole: Doubles = np.rint(vectors.astype(np.float64) * _SCALE)
     return whole
+
+
+def _cosine(product: Doubles) -> Floats:
+    """Float32 cosine of an exact product of whole numbers; adding zero makes -0 the 0 it equals."""
+    return (product / _SCALE**2).astype(np.float32) + np.float32(0.0)
 
 
 def _blocks(ends: Ints) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rellax_ds.errors import ConfigError, TableError
 from rellax_ds.retrieval import faiss_index, subr
 from rellax_ds.retrieval.faiss_index import FaissActor, HistoryIndex, IndexOptions
+from rellax_ds.retrieval.similarity import quantise
 from rellax_ds.runtime import child_environment
 from rellax_ds.tables import synthetic
 
@@ -79,7 +80,7 @@ def test_flat_search_equals_the_exact_engine_on_every_sample_of_a_long_history()
     vectors, item = long_history()
     ends = np.arange(5, LONG.num_events)
     start = np.zeros(ends.size, np.int64)
-    whole = subr.quantise(vectors)
+    whole = quantise(vectors)
     offsets, events, cosine = subr.retrieve(whole, item, item[ends], start, ends, 10)
     positions, similarity = HistoryIndex.build(vectors[item]).search(vectors[item[ends]], 10, ends)
     in_time = np.sort(np.where(positions < 0, LONG.num_events, positions), axis=1)

@@ -11,9 +11,12 @@ are reused.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -24,7 +27,7 @@ from rellax_ds.config import digest
 from rellax_ds.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 STAGES = ("tables", "embeddings", "retrieval", "crm", "shards", "train", "predict", "report")
@@ -172,6 +175,43 @@ class StageRun:
             self._drop_others()
         return running
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the running folder: a second process with the same key waits for the first.
+
+        The lock is the folder's own, so it goes with the process that held it. When the wait is
+        over the other process may have committed: look at `committed` again. A file system without
+        locks on folders (NFS) leaves it to the partitions' own first-wins commit.
+        """
+        while True:
+            running = self.directory
+            running.mkdir(parents=True, exist_ok=True)
+            handle = os.open(running, os.O_RDONLY)
+            try:
+                self._lock(handle)
+                published = not running.exists() or not os.path.samestat(
+                    os.fstat(handle), running.stat()
+                )
+                if not published or self.committed() is not None:
+                    yield
+                    return
+            finally:
+                with contextlib.suppress(OSError):  # what the wait has made and nobody filled
+                    running.rmdir()
+                    running.parent.rmdir()
+                os.close(handle)
+
+    def _lock(self, handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            runtime.logger.info(
+                "%s: another process works in %s; waiting for it", self.stage, self.directory
+            )
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            runtime.logger.debug("%s: no locks on %s", self.stage, self.directory)
+
     def commit(self, counts: Mapping[str, Any]) -> Manifest:
         """Hash the files, write the manifest and publish the folder by rename.
 
@@ -223,9 +263,37 @@ class StageRun:
     def _drop_others(self) -> None:
         """Delete the running folders of this stage's attempts with another key."""
         running = self.directory
-        for other in running.parent.glob(f"{STAGES.index(self.stage) + 1}_{self.stage}-*"):
-            if other != running:
+        name = f"{STAGES.index(self.stage) + 1}_{self.stage}-*"
+        private = running.with_name(f".writing-{running.name}")  # see `partitions`
+        for other in (*running.parent.glob(name), *running.parent.glob(f".writing-{name}")):
+            if other not in {running, private}:
                 shutil.rmtree(other, ignore_errors=True)
+
+
+def out_of_space(error: BaseException, folder: Path) -> ArtifactError | None:
+    """The one line to raise when `error` says that a disk or a quota is full, else None.
+
+    Libraries wrap the system's error in their own, some without its number; NumPy reports a short
+    write.
+    """
+    text = " ".join(str(error).split())
+    numbers = {
+        errno.ENOSPC: "no space left",
+        errno.EDQUOT: "quota used up",
+        errno.EFBIG: "file too large",
+    }
+    found = numbers.get(getattr(error, "errno", None) or 0)
+    if found is None:
+        found = next((f for n, f in numbers.items() if os.strerror(n) in text), None)
+    if found is None and re.fullmatch(r"\d+ requested and \d+ written", text):
+        found = "no space left"
+    if found is None:
+        return None
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    return ArtifactError(
+        f"{folder}: {found} ({free} bytes are free): {text}; make room and run the same command "
+        "again, what is committed is kept"
+    )
 
 
 def write_json(path: Path, value: object) -> None:

@@ -45,13 +45,12 @@ def build(context: StageContext) -> dict[str, Any]:
     path = context.directory / "retrieved.parquet"
     num_samples = pq.read_metadata(tables / "samples.parquet").num_rows
     merge([context.directory / f"{record.name}.parquet" for record in records], path, num_samples)
-    drop_records(context.directory, records, files=True)
-    shutil.rmtree(columns)
-
     at = [k for k in settings.heterogeneity_at if k <= settings.num_retrieved]
     figures = measure(tables, path, at)
     write_json(context.directory / "heterogeneity.json", figures)
     _log(at, figures)
+    drop_records(context.directory, records, files=True)
+    shutil.rmtree(columns)
     return {
         "samples": num_samples,
         "events": sum(record.counts["events"] for record in records),

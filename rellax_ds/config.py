@@ -95,7 +95,10 @@ class RetrievalConfig(Section):
 
     num_retrieved: PositiveInt = Field(default=30, description="K, events kept for a sample.")
     partition_rows: PositiveInt = Field(
-        default=16384, description="Samples in one partition of work."
+        default=65536, description="Samples in one partition of work, on average."
+    )
+    device: Literal["cpu", "cuda"] = Field(
+        default="cpu", description="Where the search runs; the result is the same."
     )
     heterogeneity_at: tuple[PositiveInt, ...] = Field(
         default=(5, 10, 15, 20, 25, 30), description="K at which it is reported."

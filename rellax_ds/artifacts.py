@@ -27,13 +27,14 @@ from rellax_ds.config import digest
 from rellax_ds.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
 STAGES = ("tables", "embeddings", "retrieval", "crm", "shards", "train", "predict", "report")
 """The eight stages in order; a stage's folder is its number and name."""
 
 MANIFEST = "manifest.json"
+_SPENT = ".spent.json"
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ class StageRun:
         if manifest is None or manifest.key != self.key:
             return None
         folder = self.work.stage_dir(self.stage)
+        _delete_spent(folder)
         for name, facts in manifest.files.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != facts["bytes"]:
@@ -225,7 +227,8 @@ class StageRun:
             ArtifactError: The running folder holds no file.
         """
         running, target = self.directory, self.work.stage_dir(self.stage)
-        paths = sorted(p for p in running.rglob("*") if p.is_file() and p.name != MANIFEST)
+        aside = {running / name for name in (*_spent(running), MANIFEST, _SPENT)}
+        paths = sorted(p for p in running.rglob("*") if p.is_file() and p not in aside)
         if not paths:
             raise ArtifactError(f"{running}: stage '{self.stage}' wrote no file; nothing to commit")
         files = {
@@ -254,7 +257,9 @@ class StageRun:
             target.rename(replaced)
         running.rename(target)
         fsync(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _delete_spent(target)
+        for old in running.parent.glob(f"replaced-{target.name}-*"):
+            shutil.rmtree(old, ignore_errors=True)
         self._drop_others()
         with contextlib.suppress(OSError):
             running.parent.rmdir()
@@ -268,6 +273,28 @@ class StageRun:
         for other in (*running.parent.glob(name), *running.parent.glob(f".writing-{name}")):
             if other not in {running, private}:
                 shutil.rmtree(other, ignore_errors=True)
+
+
+def set_aside(directory: Path, names: Iterable[str]) -> None:
+    """Name files of a running folder that are no part of the artefact; the commit deletes them."""
+    write_json(directory / _SPENT, sorted({*_spent(directory), *names}))
+
+
+def _spent(directory: Path) -> list[str]:
+    try:
+        names = json.loads((directory / _SPENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [str(name) for name in names]
+
+
+def _delete_spent(directory: Path) -> None:
+    """Delete what `set_aside` named; the list goes last, so that a kill in between is made good."""
+    names = _spent(directory)
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
+    if names:
+        (directory / _SPENT).unlink(missing_ok=True)
 
 
 def out_of_space(error: BaseException, folder: Path) -> ArtifactError | None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rellax_ds import runtime
-from rellax_ds.artifacts import file_sha256, fsync, out_of_space, write_json
+from rellax_ds.artifacts import file_sha256, fsync, out_of_space, set_aside, write_json
 from rellax_ds.errors import ArtifactError, ConfigError, RellaxError
 
 if TYPE_CHECKING:
@@ -206,14 +206,16 @@ def process(instance: Worker, partition: Partition, directory: Path, key: str) -
 
 
 def drop_records(directory: Path, records: Sequence[PartitionRecord], files: bool = False) -> None:
-    """Remove the records (and with `files` the outputs) once a stage has merged what it needs from
-    them.
+    """Leave the records (and with `files` the outputs) out of the artefact, once a stage has merged
+    what it needs from them.
+
+    They are deleted when the stage is committed, not before: a driver killed while it merges or
+    hashes finds every partition again.
     """
-    for record in records:
-        _record_path(directory, record.name).unlink(missing_ok=True)
-        if files:
-            for name in record.files:
-                (directory / name).unlink(missing_ok=True)
+    names = [_record_path(directory, record.name).name for record in records]
+    if files:
+        names += [name for record in records for name in record.files]
+    set_aside(directory, names)
 
 
 def read_record(directory: Path, name: str, key: str) -> PartitionRecord | None:
@@ -374,8 +376,10 @@ class _Pool:
                     if record is not None:
                         progress.advance(note=self._rate(record, time.monotonic() - start))
         finally:
+            # After an error some still work. They end after what they have: Ray would report every
+            # partition of a killed one to the terminal.
             for actor in self._load:
-                ray.kill(actor)
+                actor.__ray_terminate__.options(max_task_retries=0).remote()
         return self._done
 
     def _feed(self, actor: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
+from rellax_ds.errors import ArtifactError
 from rellax_ds.partitions import Partition, private_folder, run_partitions, split_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(90)]
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
 
 class Sleeper:
@@ -68,6 +72,51 @@ def test_run_partitions_with_more_workers_than_cpus_finishes(cluster: Any, tmp_p
     ]
     assert records[0] == records[1]
     assert len(records[0]) == 5
+
+
+def test_run_partitions_after_an_error_leaves_its_cpu_to_the_next(
+    cluster: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    parts = [*split_rows(4, 2), Partition("part-00002", {"start": 4})]  # no stop: a defect
+    with pytest.raises(ArtifactError, match="part-00002 failed: KeyError") as held:
+        run_partitions("sleep", parts, Sleeper, {}, tmp_path / "a", "k")
+    assert len(run_partitions("sleep", split_rows(4, 2), Sleeper, {}, tmp_path / "b", "k")) == 2
+    assert held is not None
+    assert "retries" not in capfd.readouterr().err
+
+
+def test_run_partitions_again_after_a_killed_driver_computes_only_the_rest(tmp_path: Path) -> None:
+    log, out = tmp_path / "log", tmp_path / "out"
+    code = (
+        "import sys; from pathlib import Path; from rellax_ds import runtime; runtime.prepare();"
+        "from tests.test_partitions_cluster import Sleeper; from rellax_ds.partitions import *;"
+        "settings = {'seconds': 0.1, 'log': sys.argv[1]};"
+        "run_partitions('sleep', split_rows(40, 2), Sleeper, settings, Path(sys.argv[2]), 'k')"
+    )
+    command = [sys.executable, "-c", code, str(log), str(out)]
+    first = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        while len(list(out.glob("*.committed.json"))) < 5:
+            assert first.poll() is None
+            time.sleep(0.01)
+        family = psutil.Process(first.pid).children(recursive=True)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    before = {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in out.glob("part*")}
+    records = [name for name in before if name.endswith(".committed.json")]
+    log.unlink()
+    subprocess.run(command, cwd=ROOT, check=True, timeout=80)
+    started = {json.loads(line)["partition"] for line in log.read_text().splitlines()}
+    assert len(records) >= 5
+    assert started == {f"part-{n:05d}" for n in range(20)} - {r.split(".")[0] for r in records}
+    for name in records:
+        path = out / name
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == before[name]
+    assert len(list(out.glob("*.txt"))) == 20
+    assert not private_folder(out).exists()
 
 
 def test_run_partitions_survives_a_killed_node_and_computes_nothing_committed_again(

@@ -97,6 +97,9 @@ class RetrievalConfig(Section):
     partition_rows: PositiveInt = Field(
         default=65536, description="Samples in one partition of work, on average."
     )
+    device: Literal["cpu", "cuda"] = Field(
+        default="cpu", description="Where the search runs; the result is the same."
+    )
     heterogeneity_at: tuple[PositiveInt, ...] = Field(
         default=(5, 10, 15, 20, 25, 30), description="K at which it is reported."
     )

@@ -9,6 +9,7 @@ the merge walks all parts side by side and holds one row group of each.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import shutil
@@ -25,9 +26,10 @@ from rellax_ds.errors import ArtifactError
 from rellax_ds.partitions import Partition
 from rellax_ds.retrieval.similarity import SimilarityCache, quantise
 from rellax_ds.retrieval.subr import SAMPLE_COST, retrieve
+from rellax_ds.retrieval.subr_device import DeviceSearch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -90,19 +92,28 @@ class Retriever:
     Writes `PARTITION.parquet` with the columns of `schema.RETRIEVED`, in ascending sample id.
     """
 
-    def __init__(self, *, columns: str, vectors_path: str, num_retrieved: int) -> None:
+    def __init__(
+        self, *, columns: str, vectors_path: str, num_retrieved: int, device: str = "cpu"
+    ) -> None:
         """Map what every partition needs.
 
         Args:
             columns: Folder that `prepare` made.
             vectors_path: Float32 [num_items, d], unit rows, npy.
             num_retrieved: K.
+            device: Where to search; another than the CPU proposes in half precision and decides
+                exactly, with the same result.
         """
         torch.set_num_threads(1)
         folder = Path(columns)
         self._columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
-        self._cache = SimilarityCache.load(folder)
-        self._vectors = quantise(np.load(vectors_path))
+        vectors = quantise(np.load(vectors_path))
+        self._retrieve: Callable[..., tuple[Ints, Ints, Any]]
+        if device == "cpu":
+            cache = SimilarityCache.load(folder)
+            self._retrieve = functools.partial(retrieve, vectors, cache=cache)
+        else:
+            self._retrieve = DeviceSearch(vectors, device).retrieve
         self._num_retrieved = num_retrieved
 
     def __call__(self, partition: Partition, directory: Path) -> dict[str, Any]:
@@ -112,14 +123,12 @@ class Retriever:
         first, stop = int(start.min()), int(event.max()) + 1
         item = np.asarray(self._columns["item"][first:stop])
         by_id = np.argsort(sample)
-        offsets, events, similarity = retrieve(
-            self._vectors,
+        offsets, events, similarity = self._retrieve(
             item,
             item[event[by_id] - first],
             start[by_id] - first,
             end[by_id] - first,
             self._num_retrieved,
-            cache=self._cache,
         )
         lists = [pa.LargeListArray.from_arrays(offsets, x) for x in (events + first, similarity)]
         table = pa.table([pa.array(sample[by_id]), *lists], schema=_SCHEMA)

@@ -24,9 +24,12 @@ def select_cached(
 ) -> None:
     """Choose for samples whose every similarity is in the cache.
 
+    Samples with the same target should follow one another: its row of the cache then stays near the
+    processor, and histories, which lie one after the other, are what is streamed.
+
     Args:
         cosine: float32 [C, C] seen as int32.
-        code: uint32 [num_events], column of every event's item.
+        code: uint16 [num_events], column of every event's item.
         row: int32 [n], row of every sample's target.
         start: int64 [n], first event of the history.
         end: int64 [n], its end.
@@ -56,7 +59,7 @@ def select_mixed(
     k: int,
     out: Any,
     found: Any,
-    direct_row: Any,
+    line: Any,
     direct: Any,
     patch_event: Any,
     patch: Any,
@@ -66,25 +69,25 @@ def select_mixed(
     Args:
         cosine: See `select_cached`.
         code: See `select_cached`; anything valid for an item that is not cached.
-        row: See `select_cached`; ignored where `direct_row` is not -1.
+        row: See `select_cached`; -1 for a target that is not cached.
         start: First event of the histories.
         end: int64 [n].
         place: int64 [n].
         k: Events of a sample at most.
         out: See `select_cached`.
         found: See `select_cached`.
-        direct_row: int64 [n], row of `direct` for a target that is not cached, else -1.
-        direct: float32 [., longest history] seen as int32.
+        line: int64 [n], the sample's line of `direct` where `row` is -1, else of `patch`.
+        direct: float32 [., longest history] seen as int32, similarity to every event.
         patch_event: int64 [p], ascending, events from `start` on whose item is not cached.
-        patch: float32 [p, n] seen as int32, their similarity to every target.
+        patch: float32 [., p] seen as int32, similarity to those.
     """
     score = np.empty(max(1, end.max() - start), np.int32)
     for i in range(row.size):
         n = end[i] - start
-        if direct_row[i] >= 0:
-            known = direct[direct_row[i]]
+        known = line[i]
+        if row[i] < 0:
             for j in range(n):
-                score[j] = _ordered(known[j])
+                score[j] = _ordered(direct[known, j])
         else:
             scores_of_row = cosine[row[i]]
             for j in range(n):
@@ -93,7 +96,7 @@ def select_mixed(
                 j = patch_event[p] - start
                 if j >= n:
                     break
-                score[j] = _ordered(patch[p, i])
+                score[j] = _ordered(patch[known, p])
         _choose(score, n, k, start, place[i], out, found)
 
 
@@ -129,12 +132,11 @@ def _choose(score: Any, n: int, k: int, first: int, place: int, out: Any, found:
             found[place + j] = _ordered(score[j])
         return
     # At least k scores reach `low`, fewer than k reach `high`.
-    low = np.int64(score[0])
-    high = low
+    least, most = score[0], score[0]
     for j in range(n):
-        low = min(low, np.int64(score[j]))
-        high = max(high, np.int64(score[j]))
-    high += 1
+        least = min(least, score[j])
+        most = max(most, score[j])
+    low, high = np.int64(least), np.int64(most) + 1
     count = n
     while count != k and high - low > 1:
         middle = (low + high) >> 1
@@ -145,22 +147,20 @@ def _choose(score: Any, n: int, k: int, first: int, place: int, out: Any, found:
         else:
             high = middle
     bar = np.int32(low)
+    # More than k reach the bar when several equal it: the earliest of those are left out.
+    surplus = count - k
     written = 0
     j = 0
-    if count == k:
-        while written < k:
-            out[place + written] = first + j
-            found[place + written] = _ordered(score[j])
-            written += score[j] >= bar
-            j += 1
-        return
-    # More than k reach the bar because several equal it: the earliest of those are left out.
-    surplus = count - k
-    while written < k:
-        value = score[j]
-        out[place + written] = first + j
-        found[place + written] = _ordered(value)
-        level = value == bar
-        written += (value > bar) | (level & (surplus <= 0))
+    while written < k and surplus > 0:
+        out[place + written] = j
+        level = score[j] == bar
+        written += score[j] > bar
         surplus -= level
         j += 1
+    while written < k:
+        out[place + written] = j
+        written += score[j] >= bar
+        j += 1
+    for n in range(place, place + k):
+        found[n] = _ordered(score[out[n]])
+        out[n] += first

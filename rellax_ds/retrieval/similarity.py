@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 MAX_CACHED_ITEMS = 8192
-"""Items in the cache at most: 256 MiB of similarities."""
+"""Items in the cache at most: 256 MiB of similarities, and places that fit 16 bits."""
 
 _SCALE = float(2**26)
 _TILE_ROWS = 1024
@@ -52,10 +52,14 @@ def cosine(queries: torch.Tensor, keys: torch.Tensor) -> Floats:
     Returns:
         Float32 [n, m], each entry the exact product rounded once.
     """
-    exact = queries @ keys.T
+    similarity: Floats = exact_cosine(queries @ keys.T).numpy()
+    return similarity
+
+
+def exact_cosine(products: torch.Tensor) -> torch.Tensor:
+    """Float32 similarity of exact float64 `products` of quantised vectors; overwrites them."""
     # Adding zero turns -0, which a sum of products may leave, into the 0 it equals.
-    rounded: Floats = exact.mul_(_SCALE**-2).to(torch.float32).add_(0.0).numpy()
-    return rounded
+    return products.mul_(_SCALE**-2).to(torch.float32).add_(0.0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class SimilarityCache:
     """Similarity of every pair of the C most frequent items.
 
     Attributes:
-        place: int32 [num_items], row of an item in `cosine`, -1 for an item that is not cached.
+        place: int32 [num_items], row of an item in `cosine`, -1 for an item that is not cached. The
+            most frequent item has row 0: columns that are read most lie side by side.
         cosine: Float32 [C, C].
     """
 
@@ -89,7 +94,7 @@ class SimilarityCache:
         """
         counts = np.bincount(event_item, minlength=len(vectors))
         size = min(limit, math.isqrt(num_pairs), int(np.count_nonzero(counts)))
-        items = np.sort(np.argsort(-counts, kind="stable")[:size])
+        items = np.argsort(-counts, kind="stable")[:size]
         place = np.full(len(vectors), -1, np.int32)
         place[items] = np.arange(size, dtype=np.int32)
         chosen = vectors[torch.from_numpy(items)]

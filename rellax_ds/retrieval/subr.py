@@ -2,9 +2,9 @@
 
 Work lies in event order, by user and then by prefix, so a history is a slice and nothing is of size
 events x events. Similarities come from the cache of popular items or, for a user with rarer ones,
-from matrix products over blocks of bounded size; both are exact (see `similarity`), so the result
-is the same for any partition, block or number of threads. Of equal similarities the later events
-win.
+from matrix products over blocks of a user's targets and their longest prefix. Both are exact (see
+`similarity`), so the result is the same for any partition, block or number of threads. Of equal
+similarities the later events win.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Ints = NDArray[np.int64]
 
-_BLOCK_ELEMENTS = 1 << 21
+_BLOCK_ROWS = 128
 _PIECES_PER_THREAD = 4
 SAMPLE_COST = 64
 """What choosing costs beside the scoring, in scored pairs."""
@@ -42,7 +42,7 @@ class _Work:
         vectors: Quantised item vectors, float64 [num_items, d].
         cache: Similarities of popular items.
         item: int32 [num_events], item of every event.
-        code: uint32 [num_events], column of the event's item in the cache, 0 for a rare one.
+        code: uint16 [num_events], column of the event's item in the cache, 0 for a rare one.
         rare: int64 [num_events + 1], how many events before each row are of items not cached.
         target: int64 [n], item of every sample.
         start: int64 [n].
@@ -56,7 +56,7 @@ class _Work:
     vectors: torch.Tensor
     cache: SimilarityCache
     item: NDArray[np.integer]
-    code: NDArray[np.uint32]
+    code: NDArray[np.uint16]
     rare: Ints
     target: Ints
     start: Ints
@@ -109,7 +109,7 @@ def retrieve(
         vectors=vectors,
         cache=cache,
         item=event_item,
-        code=np.maximum(place_of_event, 0).astype(np.uint32),
+        code=np.maximum(place_of_event, 0).astype(np.uint16),
         rare=rare,
         target=target_item.astype(np.int64),
         start=history_start,
@@ -121,6 +121,8 @@ def retrieve(
     )
     mixed = (cache.place[work.target] < 0) | (rare[history_end] > rare[history_start])
     cached = np.flatnonzero(~mixed)
+    rows_of_cache = cache.place[work.target[cached]].astype(np.uint16)
+    cached = cached[np.argsort(rows_of_cache, kind="stable")]
     jobs = [(_search_cached, rows) for rows in _share(cached, length[cached], num_threads)]
     jobs += [(_search_mixed, rows) for rows in _users(work, np.flatnonzero(mixed), num_threads)]
     _run(jobs, work, num_threads)
@@ -180,27 +182,19 @@ def _search_user(work: _Work, rows: Ints) -> None:
     """Search one user's samples, ordered by prefix, in blocks of bounded size."""
     start, longest = int(work.start[rows[0]]), int(work.end[rows[-1]])
     history = work.vectors[torch.from_numpy(work.item[start:longest].astype(np.int64))]
-    first = 0
-    while first < rows.size:
-        # A block is at most `_BLOCK_ELEMENTS` of (samples x longest prefix), which grows with it.
-        size = np.arange(1, rows.size - first + 1) * (work.end[rows[first:]] - start)
-        last = first + max(1, int(np.searchsorted(size, _BLOCK_ELEMENTS, side="right")))
-        _search_block(work, rows[first:last], start, history)
-        first = last
+    for first in range(0, rows.size, _BLOCK_ROWS):
+        _search_block(work, rows[first : first + _BLOCK_ROWS], start, history)
 
 
 def _search_block(work: _Work, rows: Ints, start: int, history: torch.Tensor) -> None:
+    """Multiply what the cache lacks, targets or behaviours, and select."""
     end = int(work.end[rows[-1]])
-    targets = work.vectors[torch.from_numpy(work.target[rows])]
     row = work.cache.place[work.target[rows]]
-    uncached = np.flatnonzero(row < 0)
-    direct_row = np.full(rows.size, -1, np.int64)
-    direct_row[uncached] = np.arange(uncached.size)
+    targets = work.vectors[torch.from_numpy(work.target[rows])]
     rare = np.flatnonzero(np.diff(work.rare[start : end + 1]))
-    if uncached.size < rows.size:
-        patch = cosine(history[torch.from_numpy(rare)], targets)
-    else:
-        rare, patch = rare[:0], np.empty((0, rows.size), np.float32)
+    cached = row >= 0
+    direct = cosine(targets[torch.from_numpy(~cached)], history[: end - start])
+    patch = cosine(targets[torch.from_numpy(cached)], history[torch.from_numpy(rare)])
     select_mixed(
         work.cache.cosine.view(np.int32),
         work.code,
@@ -211,8 +205,8 @@ def _search_block(work: _Work, rows: Ints, start: int, history: torch.Tensor) ->
         work.k,
         work.events,
         work.similarity.view(np.int32),
-        direct_row,
-        cosine(targets[torch.from_numpy(uncached)], history[: end - start]).view(np.int32),
+        np.where(cached, np.cumsum(cached), np.cumsum(~cached)) - 1,
+        direct.view(np.int32),
         start + rare,
         patch.view(np.int32),
     )

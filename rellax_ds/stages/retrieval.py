@@ -36,20 +36,21 @@ def build(context: StageContext) -> dict[str, Any]:
             "columns": str(columns),
             "vectors_path": str(vectors),
             "num_retrieved": settings.num_retrieved,
+            "device": settings.device,
         },
         context.directory,
         context.key,
+        num_gpus=1.0 if settings.device == "cuda" else 0.0,
     )
     path = context.directory / "retrieved.parquet"
     num_samples = pq.read_metadata(tables / "samples.parquet").num_rows
     merge([context.directory / f"{record.name}.parquet" for record in records], path, num_samples)
-    drop_records(context.directory, records, files=True)
-    shutil.rmtree(columns)
-
     at = [k for k in settings.heterogeneity_at if k <= settings.num_retrieved]
     figures = measure(tables, path, at)
     write_json(context.directory / "heterogeneity.json", figures)
     _log(at, figures)
+    drop_records(context.directory, records, files=True)
+    shutil.rmtree(columns)
     return {
         "samples": num_samples,
         "events": sum(record.counts["events"] for record in records),

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 _EPOCH = 946_684_800  # 2000-01-01
 _SPAN = 3 * 365 * 86_400
-_HEAD = 10.0  # items per topic that are about equally popular, before the tail begins
 _TRIES = 16  # draws before the walk looks for an unrated item one by one
 _ITEMS, _VECTORS, _USERS, _EVENTS = range(4)
 
@@ -62,9 +61,11 @@ class Spec:
         num_interests: Topics a user likes at a time.
         session: Mean events in one sitting, most of them of one liked topic.
         drift: Chance that one interest is exchanged before a session.
+        head: Items of a topic that are about equally popular, before the tail begins.
+        tail: Popularity falls as (rank + head)^-tail.
 
     Raises:
-        ConfigError: The counts contradict one another.
+        ConfigError: The counts contradict one another, or the popularity is no law.
     """
 
     num_users: int
@@ -77,6 +78,8 @@ class Spec:
     num_interests: int = 4
     session: float = 10.0
     drift: float = 0.1
+    head: float = 10.0
+    tail: float = 1.01
 
     def __post_init__(self) -> None:
         least, most = self.num_users * self.min_events, self.num_users * self.max_events
@@ -84,6 +87,11 @@ class Spec:
             raise ConfigError(
                 f"synthetic: {self.num_users} users of {self.min_events} to {self.max_events} "
                 f"events have {least} to {most}, num_events is {self.num_events}; change one"
+            )
+        if self.head <= 0 or self.tail <= 1:
+            raise ConfigError(
+                f"synthetic: head {self.head:g} and tail {self.tail:g} give no law of popularity; "
+                "head is above 0 and tail above 1"
             )
         if not 1 <= self.num_topics <= self.num_items:
             raise ConfigError(
@@ -94,7 +102,7 @@ class Spec:
 
 SHAPES = {
     "ml1m": Spec(6_040, 3_706, 1_000_209, max_events=2_314, spread=1.14),
-    "ml25m": Spec(162_541, 59_047, 25_000_095, max_events=30_000, spread=1.4),
+    "ml25m": Spec(162_541, 59_047, 25_000_095, max_events=30_000, spread=1.4, head=80.0, tail=2.5),
     "1e5": Spec(600, 5_000, 100_000, max_events=2_000),
     "1e6": Spec(6_000, 50_000, 1_000_000, max_events=10_000),
     "1e7": Spec(60_000, 60_000, 10_000_000),
@@ -143,8 +151,8 @@ def item_vectors(spec: Spec, seed: int, dimensions: int, noise: float = 0.8) -> 
 def event_columns(spec: Spec, seed: int) -> dict[str, Any]:
     """The events in (user, time, item) order, users and items by number.
 
-    Items are popular by Zipf's law within their topic. A user rates no item twice before having
-    rated all; a later rating of the same item is at a later time.
+    Popularity within a topic has a flat head and a tail of a power law. A user rates no item twice
+    before having rated all; a later rating of the same item is at a later time.
 
     Args:
         spec: The log.
@@ -173,7 +181,7 @@ def event_columns(spec: Spec, seed: int) -> dict[str, Any]:
         rng,
         (user_start, life, begin),
         (by_topic, topic_start, rng.normal(0.0, 0.4, spec.num_items)),
-        (spec.num_interests, spec.session, spec.drift),
+        (spec.num_interests, spec.session, spec.drift, spec.head, spec.tail),
         (item, rating, time),
     )
     user = np.repeat(np.arange(spec.num_users, dtype=np.int32), np.diff(user_start))
@@ -262,7 +270,7 @@ def _walk(rng: Any, users: Any, items: Any, taste: Any, columns: Any) -> None:
     """Fill the event columns, session by session and user by user."""
     user_start, life, begin = users
     by_topic, topic_start, quality = items
-    num_interests, mean_session, drift = taste
+    num_interests, mean_session, drift, head, tail = taste
     item, rating, time = columns
     num_topics = topic_start.size - 1
     rated_by = np.full(by_topic.size, -1, np.int64)
@@ -284,7 +292,9 @@ def _walk(rng: Any, users: Any, items: Any, taste: Any, columns: Any) -> None:
                 topic = lead if kind < 0.6 else rng.integers(0, num_topics)
                 if 0.6 <= kind < 0.8:
                     topic = likes[rng.integers(0, num_interests)]
-                chosen, topic = _draw(rng, topic, by_topic, topic_start, rated_by, user, unrated)
+                chosen, topic = _draw(
+                    rng, topic, (by_topic, topic_start, head, tail), rated_by, user, unrated
+                )
                 # Nearly half of the events share their second, as when a page of items is rated.
                 if rng.random() > 0.45 or rated_by[chosen] == user:
                     now += 1 + np.int64(30 * rng.standard_exponential())
@@ -304,17 +314,19 @@ def _walk(rng: Any, users: Any, items: Any, taste: Any, columns: Any) -> None:
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _draw(
-    rng: Any, topic: Any, by_topic: Any, topic_start: Any, rated_by: Any, user: Any, unrated: Any
+    rng: Any, topic: Any, catalogue: Any, rated_by: Any, user: Any, unrated: Any
 ) -> tuple[Any, Any]:
     """An item the user has not rated and its topic: the one asked for, else any; a rated item when
     none is left.
     """
+    by_topic, topic_start, head, tail = catalogue
     for attempt in range(_TRIES):
         if attempt >= 4:
             topic = rng.integers(0, topic_start.size - 1)
         size = topic_start[topic + 1] - topic_start[topic]
-        # Inverse of the distribution function of a density like 1 / (rank + head).
-        rank = np.int64(_HEAD * (((size + _HEAD) / _HEAD) ** rng.random() - 1.0))
+        # Inverse of the distribution function of a density like (rank + head)^-tail.
+        below = 1.0 - rng.random() * (1.0 - (1.0 + size / head) ** (1.0 - tail))
+        rank = np.int64(head * (below ** (1.0 / (1.0 - tail)) - 1.0))
         place = topic_start[topic] + min(rank, size - 1)
         if unrated == 0 or rated_by[by_topic[place]] != user:
             return by_topic[place], topic

@@ -126,7 +126,7 @@ def test_retrieve_cutting_into_blocks_changes_no_bit(monkeypatch, cache_limit):
     targets, ends = event_item[5:], np.arange(5, 400)
     arguments = (quantise(vectors), event_item, targets, np.zeros(395, np.int64), ends, 7)
     whole = subr.retrieve(*arguments)
-    monkeypatch.setattr(subr, "_BLOCK_ELEMENTS", 900)
+    monkeypatch.setattr(subr, "_BLOCK_ROWS", 9)
     cut = subr.retrieve(*arguments, cache=cached(vectors, event_item, cache_limit))
     for found, expected in zip(cut, whole, strict=True):
         assert (found == expected).all()
@@ -153,8 +153,8 @@ def test_cache_holds_the_most_frequent_items_and_no_more_pairs_than_are_asked_fo
     event_item = np.array([5, 5, 5, 1, 1, 3, 3, 0])
     monkeypatch.setattr("rellax_ds.retrieval.similarity._TILE_ROWS", 2)
     cache = SimilarityCache.build(quantise(vectors), event_item, num_pairs=10)
-    assert cache.place.tolist() == [-1, 0, -1, 1, -1, 2]
-    expected = cosine(quantise(vectors[[1, 3, 5]]), quantise(vectors[[1, 3, 5]]))
+    assert cache.place.tolist() == [-1, 1, -1, 2, -1, 0]
+    expected = cosine(quantise(vectors[[5, 1, 3]]), quantise(vectors[[5, 1, 3]]))
     assert (cache.cosine == expected).all()
     everything = SimilarityCache.build(quantise(vectors), event_item, num_pairs=10**6)
     assert (everything.place >= 0).tolist() == [True, True, False, True, False, True]

@@ -1,15 +1,19 @@
 """Stage 1 as a stage: when it runs, when it is skipped, and that it writes the same bytes again."""
 
+import re
 import shutil
+from pathlib import Path
 
+import polars as pl
 import pytest
+import yaml
 
 from rellax_ds import made_logs
 from rellax_ds.artifacts import WorkDir
-from rellax_ds.config import parse_recipe
+from rellax_ds.config import load_recipe, parse_recipe
 from rellax_ds.errors import AssetError
 from rellax_ds.stages.tables import STAGE
-from rellax_ds.tables import movielens, read_tables
+from rellax_ds.tables import movielens, oracles, read_tables
 from rellax_ds.testing import made_tables, write_movielens_100k
 
 
@@ -121,6 +125,46 @@ def test_tables_stage_reads_every_data_set_and_compares_no_made_one(tmp_path, da
     assert manifest.counts["events"] == 1500
     assert manifest.counts["samples"] == 1500 - 5 * 40
     assert manifest.counts["published_counts"].startswith("not compared, 1500 events, 4")
+
+
+def quickstart_recipes():
+    """The recipes of docs/quickstart.md that name a data set."""
+    text = (Path(__file__).parents[2] / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    return {block["data"]["dataset"]: block for block in blocks}
+
+
+def test_quickstart_recipe_of_a_shop_runs_on_files_with_its_columns(tmp_path):
+    document = quickstart_recipes()["generic"]
+    log = movielens.read(write_movielens_100k(tmp_path / "raw"))
+    events = log.events.select(
+        pl.col("user_id").alias("customer"),
+        pl.col("item_id").alias("sku"),
+        pl.from_epoch("time").dt.strftime("%Y-%m-%d %H:%M:%S").alias("bought_at"),
+        pl.col("rating").alias("stars"),
+    )
+    items = log.items.rename({"item_id": "sku", "title": "name", "genre": "category"})
+    events.write_csv(tmp_path / "orders.csv")
+    items.with_columns(brand=pl.lit("ours")).write_parquet(tmp_path / "catalogue.parquet")
+    users = log.users.rename({"user_id": "customer", "age": "age_group"})
+    users.write_csv(tmp_path / "customers.tsv", separator="\t")
+    document["data"]["path"] = str(tmp_path)
+    (tmp_path / "shop.yaml").write_text(yaml.safe_dump(document))
+    STAGE.run(load_recipe(tmp_path / "shop.yaml"), WorkDir(tmp_path / "work"))
+    tables = read_tables(tmp_path / "work" / "1_tables")
+    assert tables.samples.equals(made_tables(tmp_path / "again").samples)
+    assert tables.items.column_names == ["item", "item_id", "title", "genre", "brand"]
+    assert tables.users.column_names[4:] == ["age"]
+
+
+def test_quickstart_recipe_of_bookcrossing_follows_the_published_rules(tmp_path):
+    document = quickstart_recipes()["bookcrossing"]
+    document["data"]["path"] = str(made_logs.write_bookcrossing(tmp_path / "raw"))
+    given = parse_recipe({"name": "bx", **document}, "quickstart")
+    assert oracles.follows_published_rules(given.data)
+    assert given.data.like_rule == "of 5 or more"
+    manifest = STAGE.run(given, WorkDir(tmp_path / "work"))
+    assert [manifest.counts[name] for name in ("train_and_valid", "test")] == [36, 4]
 
 
 def test_tables_stage_missing_folder_is_refused(tmp_path):

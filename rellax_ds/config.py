@@ -109,7 +109,11 @@ class ShardsConfig(Section):
     chat: bool = Field(
         default=True, description="Wrap the prompt in the tokenizer's own chat template."
     )
-    history: Literal["recent", "retrieved", "mixed"] = "recent"
+    history: Literal["recent", "retrieved", "high", "low", "mixed", "half_mixed"] = Field(
+        default="recent",
+        description="Last K; top K by time, falling or rising similarity; or recent and retrieved"
+        " rows in turn, of every shot or of half as many.",
+    )
     history_length: PositiveInt = Field(
         default=10, description="K, history items in a prompt before truncation."
     )

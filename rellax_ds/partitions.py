@@ -421,7 +421,7 @@ class _Pool:
         if self._unit is None:
             return ""
         self._rows += int(record.counts.get(self._unit, 0))
-        return f"{self._rows / max(seconds, 1e-9):.0f} {self._unit}/s"
+        return f"{self._rows / max(seconds, 1e-9):.0f} {self._unit}/s,"
 
 
 def _refuse_or_wait(label: str, num_gpus: float) -> None:

@@ -137,12 +137,15 @@ class Run:
         reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()))
         reader.start()
         deadline, acted = time.monotonic() + LIMIT, act is None
-        while process.poll() is None:
-            self.witness()
-            acted = acted or bool(act and act())
-            if time.monotonic() > deadline:
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                self.witness()
+                acted = acted or bool(act and act())
+                time.sleep(POLL)
+        finally:
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            time.sleep(POLL)
+                process.wait()
         reader.join(timeout=30)
         self.output = "".join(lines)
         return int(process.returncode), acted and act is not None
@@ -283,14 +286,16 @@ def kill_drivers(bench: Bench, kills: int) -> None:
 
 
 @contextlib.contextmanager
-def two_nodes() -> Iterator[tuple[str, Any]]:
-    """A cluster of two nodes with a CPU each: its address, and the node that may die."""
+def two_nodes(folder: Path) -> Iterator[tuple[str, Any]]:
+    """A cluster of two nodes with a CPU each, in a folder of its own so that no other program takes
+    it for the machine's: its address, and the node that may die.
+    """
     runtime.guard_environment()
     from ray.cluster_utils import Cluster
 
     quick = {"health_check_period_ms": 300, "health_check_failure_threshold": 3}
-    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": quick}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    node = {"num_cpus": 1, "include_dashboard": False, "temp_dir": str(folder)}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "_system_config": quick})
     try:
         yield cluster.address, cluster.add_node(num_cpus=1)
     finally:
@@ -300,7 +305,7 @@ def two_nodes() -> Iterator[tuple[str, Any]]:
 def kill_node(bench: Bench) -> None:
     """Kill one raylet of two in the middle of a stage."""
     stage = bench.on_ray[0]
-    with two_nodes() as (address, doomed):
+    with two_nodes(bench.folder / "r") as (address, doomed):
         run = Run(bench, "node", RAY_ADDRESS=address)
         raylet = psutil.Process(doomed.all_processes["raylet"][0].process.pid)
         at = bench.random.randrange(1, ON_RAY[stage] // 2)
@@ -412,6 +417,7 @@ def main() -> int:
     arguments.add_argument("--until", default="shards", choices=STAGES[1:5])
     arguments.add_argument("--faults", default=",".join(FAULTS), help="some of the default")
     options = arguments.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders and runs are cleared
     page = Report("faults")
     print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="rellax-faults-") as name:

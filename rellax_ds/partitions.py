@@ -421,17 +421,18 @@ class _Pool:
         if self._unit is None:
             return ""
         self._rows += int(record.counts.get(self._unit, 0))
-        return f"{self._rows / max(seconds, 1e-9):.0f} {self._unit}/s"
+        return f"{self._rows / max(seconds, 1e-9):.0f} {self._unit}/s,"
 
 
 def _refuse_or_wait(label: str, num_gpus: float) -> None:
     """Say that no node can take an actor: a cluster may grow one, our own never will."""
+    need = f"{num_gpus:g} GPU" if num_gpus else "a CPU"
     if runtime.ray_address() is None:
         raise ConfigError(
-            f"{label}: needs {num_gpus:g} GPU and this machine has none; set the section's device "
-            "to cpu, or submit to a cluster with GPUs"
+            f"{label}: needs {need} and this machine has none; set the section's device to cpu, or "
+            "submit to a cluster that has it"
         )
-    runtime.logger.warning("%s: waits until the cluster has %g GPU", label, num_gpus)
+    runtime.logger.warning("%s: waits until the cluster has %s", label, need)
 
 
 def _count_attempt(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rellax_ds.artifacts import WorkDir
+from rellax_ds.artifacts import WorkDir, set_aside
 from rellax_ds.errors import ArtifactError, ConfigError, TableError
 from rellax_ds.partitions import (
     Partition,
@@ -197,7 +197,13 @@ def test_drop_records_are_kept_until_the_commit_and_no_part_of_it(
     manifest = work.open("shards", {"s": "1"}, {}).commit({})
     expected = {"merged"} if files else {"merged", "part-00000.txt"}
     assert set(manifest.files) == expected
-    assert {p.name for p in work.stage_dir("shards").iterdir()} == expected | {"manifest.json"}
+    folder = work.stage_dir("shards")
+    assert {p.name for p in folder.iterdir()} == expected | {"manifest.json"}
+    # Killed after the commit, before all was deleted:
+    (folder / "part-00000.committed.json").write_text("{}")
+    set_aside(folder, ["part-00000.committed.json"])
+    assert work.open("shards", {"s": "1"}, {}).committed() == manifest
+    assert {p.name for p in folder.iterdir()} == expected | {"manifest.json"}
 
 
 @pytest.mark.ray

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -45,22 +46,23 @@ class Sleeper:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Any]:
-    """A head with one CPU, which notices a dead node within a second; a test may add nodes."""
+def cluster() -> Iterator[Any]:
+    """A head with one CPU, which notices a dead node within a second; a test may add nodes.
+
+    Its folder is its own, and short: sockets lie in it.
+    """
     import ray
     from ray.cluster_utils import Cluster
 
     fast = {"health_check_period_ms": 200, "health_check_failure_threshold": 3}
-    fast["health_check_initial_delay_ms"] = 0
     ray.shutdown()
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": fast},
-    )
-    ray.init(address=made.address, log_to_driver=False, configure_logging=False)
-    yield made
-    ray.shutdown()
-    made.shutdown()
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        head = {"num_cpus": 1, "include_dashboard": False, "temp_dir": folder}
+        made = Cluster(initialize_head=True, head_node_args={**head, "_system_config": fast})
+        ray.init(address=made.address, log_to_driver=False, configure_logging=False)
+        yield made
+        ray.shutdown()
+        made.shutdown()
 
 
 def test_run_partitions_with_more_workers_than_cpus_finishes(cluster: Any, tmp_path: Path) -> None:

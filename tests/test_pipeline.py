@@ -71,6 +71,7 @@ def head(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Iterator[str]:
     command = [
         *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={port}"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats"),
+        f"--dashboard-agent-listen-port={free_port()}",  # another head may have the default one
     ]
     log = tmp_path_factory.mktemp("ray") / "head.log"
     with log.open("w") as sink:

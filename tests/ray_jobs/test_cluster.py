@@ -146,8 +146,8 @@ def test_sbatch_starts_ray_with_flags_that_exist() -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_sbatch_on_one_node_commits_the_stage_and_ends_its_ray(tmp_path: Path) -> None:
-    """Slurm's commands are stood in for by scripts that run the command on this machine."""
+def test_sbatch_on_two_nodes_commits_the_stage_and_ends_its_ray(tmp_path: Path) -> None:
+    """Slurm's commands are stood in for by scripts that run everything on this machine."""
     binaries = tmp_path / "bin"
     binaries.mkdir()
     fakes = {
@@ -170,7 +170,7 @@ def test_sbatch_on_one_node_commits_the_stage_and_ends_its_ray(tmp_path: Path) -
         "RELLAX_CACHE": str(tmp_path / "cache"),
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_JOB_NODELIST": "localhost",
-        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NUM_NODES": "2",
         "SLURM_CPUS_PER_TASK": "1",
         "SBATCH_MARK": str(tmp_path),
     }
@@ -184,6 +184,7 @@ def test_sbatch_on_one_node_commits_the_stage_and_ends_its_ray(tmp_path: Path) -
         check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "ray: 2 of 2 nodes" in done.stdout
     assert "joined the cluster" in done.stderr
     assert WorkDir(work).require("embeddings").counts["items"] == 60
     marked = [

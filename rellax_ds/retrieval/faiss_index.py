@@ -336,6 +336,10 @@ class FaissActor:
         self._histories: dict[int, HistoryIndex] = {}
         runtime.logger.info("faiss index: searches on %s", self._empty.device)
 
+    def device(self) -> str:
+        """Where whole histories are searched: `cpu` or `cuda`."""
+        return self._empty.device
+
     def add(self, user: int, vectors: Floats) -> int:
         """Append events to a user's history, see `HistoryIndex.add`; returns its new length."""
         if user not in self._histories:

@@ -186,6 +186,7 @@ def test_index_refuses_what_it_cannot_answer_exactly():
 def test_actor_keeps_users_apart_and_knows_nothing_of_a_new_one():
     vectors, item = long_history()
     actor = FaissActor(32, options("ivf"), vectors)
+    assert actor.device() == ("cuda" if faiss.get_num_gpus() else "cpu")
     assert actor.add(7, vectors[item[:300]]) == 300
     assert actor.add(8, vectors[item[300:310]]) == 10
     assert actor.add(8, vectors[item[310:320]]) == 20

@@ -66,11 +66,13 @@ def problems(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(problems(), st.integers(1, 20), st.sampled_from([0, 5, 512]))
-def test_flat_search_random_histories_equal_exact_integers(problem, k, tail):
+@given(problems(), st.integers(1, 20), st.sampled_from([0, 5, 512]), st.sampled_from([7, 4096]))
+def test_flat_search_random_histories_equal_exact_integers(problem, k, tail, tile):
     rows, queries, ends = problem
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(faiss_index, "_TAIL", tail)
+        patch.setattr(faiss_index, "_TILE_ROWS", tile)
+        patch.setattr(faiss_index, "_TILE_NUMBERS", 40 * tile)
         found = HistoryIndex.build(rows).search(queries, k, ends)
     for got, wanted in zip(found, exact(rows, queries, ends, k), strict=True):
         assert (got == wanted).all()

@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ON_RAY = {"embeddings": 24, "retrieval": 26, "shards": 25}
 """Stages that run partitions, with about how many of them there are."""
 POLL = 0.01
-LIMIT = 240.0
+LIMIT = 400.0
 
 
 @dataclass

@@ -1,12 +1,14 @@
 """The `rellax` command: one subcommand per stage, the whole pipeline, and the fetching of assets.
 
-Every subcommand takes the same four flags. An error a user can mend is one line on standard error
-and exit status 1; anything else is a defect of ours and keeps its traceback.
+Every subcommand takes the same four flags; `rellax shards verify` checks what stage 5 wrote. An
+error a user can mend is one line on standard error and exit status 1; anything else is a defect of
+ours and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -111,7 +113,40 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 
 for _stage in STAGES:
-    app.command(_stage)(_stage_command(_stage))
+    if _stage != "shards":
+        app.command(_stage)(_stage_command(_stage))
+
+
+class ShardsAction(StrEnum):
+    """What `rellax shards` can do besides running the stage."""
+
+    VERIFY = "verify"
+
+
+@app.command()
+def shards(
+    recipe: RecipeFlag,
+    action: Annotated[
+        ShardsAction | None,
+        typer.Argument(help="verify: check every byte of the committed shards, run nothing."),
+    ] = None,
+    set_: SetFlag = None,
+    work_dir: WorkDirFlag = None,
+    resume: ResumeFlag = "auto",
+) -> None:
+    """Run stage 5, shards, on committed inputs; or verify what it wrote."""
+    if action is None:
+        _stage_command("shards")(recipe, set_, work_dir, resume)
+        return
+    from rellax_ds.shards.verify import verify_shards
+
+    _, work = _open_run(recipe, set_, work_dir)
+    manifest = work.require("shards")
+    for found in verify_shards(work.stage_dir("shards"), manifest.files):
+        typer.echo(
+            f"{found.split}: {found.samples} samples, {found.tokens} tokens, {found.shards} shards,"
+            f" {found.bytes} bytes: ok"
+        )
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rellax_ds.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -74,6 +76,22 @@ def guarded_environment() -> dict[str, str]:
         "RAY_worker_niceness": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
+
+
+def secure_webdataset() -> None:
+    """Make sure that webdataset, which unpickles and runs commands named by its data otherwise, is
+    imported in its secure mode; call before it is imported.
+
+    Raises:
+        ConfigError: The environment asks for the other mode, or it was imported in it before.
+    """
+    mode = os.environ.setdefault("WDS_SECURE", "1")
+    utils = sys.modules.get("webdataset.utils")
+    if mode != "1" or not getattr(utils, "enforce_security", True):
+        raise ConfigError(
+            f"WDS_SECURE is {mode!r}, or was not 1 when webdataset was imported: shards are written"
+            " in its secure mode only; set it to 1 or unset it"
+        )
 
 
 def prepare_engine(cuda: bool) -> None:

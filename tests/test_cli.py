@@ -27,6 +27,7 @@ def test_command_line_surface_is_frozen() -> None:
         for name, command in group.commands.items()  # type: ignore[attr-defined]
     }
     expected = dict.fromkeys((*STAGES, "assets"), SHARED) | {"run": SHARED | {"--until"}}
+    expected["shards"] = SHARED | {"action"}
     assert surface == expected
 
 

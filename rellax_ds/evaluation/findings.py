@@ -368,9 +368,8 @@ def _stage_facts(manifest: Manifest) -> dict[str, Any]:
 
 def _training_prompts(folder: Path) -> IntArray:
     """Sample id of every training prompt, read from the checked index."""
-    shards = ShardIndex.open(folder).document["shards"]["train"]
-    keys = [key for shard in shards for key in shard["keys"]]
-    return np.array([int(key.partition("-")[0]) for key in keys], dtype=np.int64)
+    samples: IntArray = ShardIndex.open(folder).rows("train").column("sample").to_numpy()
+    return samples
 
 
 def _read_json(path: Path) -> dict[str, Any]:

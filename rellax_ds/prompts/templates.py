@@ -9,7 +9,7 @@ Keys of a template file:
 
     profile   fields of the user table; left out when one of its fields is empty (optional)
     lead_in   stands before the history, if there is any (optional)
-    history   one history item; holds `{soft}` once and may hold `{index}`, `{rating}`, `{answer}`
+    history   one history item; holds `{soft}` once, may hold `{index}`, `{rating}`, `{answer}`
     target    the question; holds `{soft}` once
     cue       added to the question when no chat wrapper asks for the answer (optional)
     answers   the words for yes and no, with the blank that parts them from what precedes
@@ -107,6 +107,8 @@ class Template:
                 raise ConfigError(
                     f"template {self.name}: '{key}' holds {{soft}} {count} times, expected once"
                 )
+        if sum(piece.kind == "answer" for piece in self._pieces["history"]) > 1:
+            raise ConfigError(f"template {self.name}: 'history' holds {{answer}} more than once")
         for key in ("yes", "no"):
             word = getattr(self, key)
             if not word.strip() or word != word.rstrip():

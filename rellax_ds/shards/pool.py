@@ -2,8 +2,12 @@
 
 A pool is all samples of a split, ordered by a keyed hash of the sample id; N shots are its first N,
 so a smaller run trains on a subset of a larger one's rows and no library's random stream decides.
-Histories are read by row number from the columnar tables, and never reach past a sample's own
-range of events.
+Histories are read by row number from the columnar tables, for all samples of a shard at once, and
+never reach past a sample's own range of events.
+
+Five patterns of behaviour are known: `recent`, the last K events; `retrieved`, the K most similar
+to the target in order of time; `high` and `low`, the same K by falling and by rising similarity;
+and rows of recent and retrieved in turn (`mixed`, or `half_mixed` with half as many shots).
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import pyarrow.parquet as pq
 
 from rellax_ds import runtime, schema
 from rellax_ds.errors import ArtifactError, ConfigError, TableError
+from rellax_ds.prompts.assemble import offsets_of, ragged
 from rellax_ds.shards.order import mix64
 
 if TYPE_CHECKING:
@@ -28,7 +33,11 @@ if TYPE_CHECKING:
 
     from rellax_ds.config import ShardsConfig
 
-Variant = Literal["recent", "retrieved"]
+Variant = Literal["recent", "retrieved", "high", "low"]
+VARIANTS: tuple[Variant, ...] = ("recent", "retrieved", "high", "low")
+MIXED = ("mixed", "half_mixed")
+"""Patterns of training rows in which a shot is written twice."""
+
 Row = tuple[int, Variant]
 """A prompt to write: sample id and the kind of history it shows."""
 
@@ -46,8 +55,9 @@ def choose_rows(
     """The prompts of every split, in the order they are written.
 
     Train keeps the pool's order (so fewer shots are a prefix of more); valid and test are sorted by
-    sample id. With `mixed` history a shot gives two prompts, recent then retrieved; valid and test
-    show retrieved history.
+    sample id. With `mixed` history a shot gives two prompts, recent then retrieved, and with
+    `half_mixed` half as many shots give as many prompts as are asked for; valid and test then show
+    retrieved history.
 
     Args:
         split_of: Column `split` of the samples, int8 [num_samples].
@@ -64,19 +74,24 @@ def choose_rows(
         if split == "train" and config.train_from == "holdout":
             samples = training_candidates(split_of, config, holdout_start)
         wanted = getattr(config, f"{split}_rows")
+        if split == "train" and config.history == "half_mixed" and wanted % 2:
+            raise ConfigError(
+                f"shards.train_rows is {wanted}, but half_mixed history writes every shot twice;"
+                " ask for an even number"
+            )
         if wanted is not None and wanted > len(samples):
             raise ConfigError(
                 f"shards.{split}_rows is {wanted}, but only {len(samples)} samples can be drawn;"
                 " ask for fewer"
             )
         chosen = pool_order(samples, seed, split)[:wanted]
+        mixed = split == "train" and config.history in MIXED
+        if mixed and config.history == "half_mixed":
+            chosen = chosen[: len(chosen) // 2]
         if split != "train":
             chosen = np.sort(chosen)
-        variants: tuple[Variant, ...] = (
-            ("recent",) if config.history == "recent" else ("retrieved",)
-        )
-        if split == "train" and config.history == "mixed":
-            variants = ("recent", "retrieved")
+        shown: Variant = next((kind for kind in VARIANTS if kind == config.history), "retrieved")
+        variants: tuple[Variant, ...] = ("recent", "retrieved") if mixed else (shown,)
         rows[split] = [(sample, variant) for sample in chosen.tolist() for variant in variants]
     return rows
 
@@ -133,52 +148,114 @@ def read_holdout_start(crm: Path) -> int | None:
 
 
 @dataclass(frozen=True)
-class Behaviour:
-    """The events one prompt may show, oldest first.
+class Behaviours:
+    """The events that N prompts may show, in the order shown.
 
     Attributes:
-        events: Event rows [K].
-        drop_order: Positions 0..K-1, the first to be given up first.
+        offsets: int64 [N + 1]; prompt n shows `offsets[n]:offsets[n + 1]`.
+        events: Event rows [M].
+        drop_rank: Of a prompt's events, 0 for the first to be given up [M].
     """
 
+    offsets: npt.NDArray[np.int64]
     events: npt.NDArray[np.int64]
-    drop_order: npt.NDArray[np.int64]
+    drop_rank: npt.NDArray[np.int64]
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Events of every prompt [N]."""
+        return np.diff(self.offsets)
 
 
-def recent_history(start: int, stop: int, length: int) -> Behaviour:
-    """The last `length` events of the range `start:stop`; the oldest is given up first."""
-    events = np.arange(max(start, stop - length), stop, dtype=np.int64)
-    return Behaviour(events, np.arange(len(events)))
+def recent_histories(
+    starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], length: int
+) -> Behaviours:
+    """The last `length` events of every range `start:stop`; the oldest is given up first."""
+    first = np.maximum(starts, stops - length)
+    sizes = stops - first
+    rank = ragged(np.zeros_like(first), sizes)
+    return Behaviours(offsets_of(sizes), ragged(first, sizes), rank)
 
 
-def retrieved_history(
-    events: npt.NDArray[np.int64], similarity: npt.NDArray[np.float32], length: int
-) -> Behaviour:
-    """The `length` most similar events in chronological order; the least similar goes first.
+def retrieved_histories(
+    offsets: npt.NDArray[np.int64],
+    events: npt.NDArray[np.int64],
+    similarity: npt.NDArray[np.float32],
+    length: int,
+    order: Variant = "retrieved",
+) -> Behaviours:
+    """The `length` most similar events of every prompt; the least similar is given up first.
 
     Among equals the later event counts as more similar, as in retrieval.
+
+    Args:
+        offsets: Prompt n has retrieved `offsets[n]:offsets[n + 1]` [N + 1].
+        events: Event rows [M].
+        similarity: Similarity to the target [M].
+        length: K.
+        order: `retrieved` shows them in order of time, `high` the most similar first, `low` last.
     """
-    ascending = np.lexsort((events, similarity))[-length:]
-    kept = np.sort(ascending)
-    rank = np.empty(len(events), np.int64)
-    rank[ascending] = np.arange(len(ascending))
-    return Behaviour(events[kept], np.argsort(rank[kept]))
+    sizes = np.diff(offsets)
+    prompt_of = np.repeat(np.arange(len(sizes)), sizes)
+    by_similarity = np.lexsort((events, similarity, prompt_of))
+    rank = ragged(np.minimum(length - sizes, 0), sizes)  # from the least similar, 0 for the K-th
+    chosen, rank = by_similarity[rank >= 0], rank[rank >= 0]
+    kept = np.minimum(sizes, length)
+    prompt_of = prompt_of[chosen]
+    shown = {"retrieved": events[chosen], "high": -rank, "low": rank}[order]
+    in_order = np.lexsort((shown, prompt_of))
+    return Behaviours(offsets_of(kept), events[chosen][in_order], rank[in_order])
 
 
-def check_history(behaviour: Behaviour, start: int, stop: int, sample: int) -> None:
-    """Refuse a history that reaches outside the sample's own range of events.
+def interleave(parts: Sequence[tuple[npt.NDArray[np.int64], Behaviours]]) -> Behaviours:
+    """Histories of several patterns as those of one list of prompts.
+
+    Args:
+        parts: Places in the list, and the histories that go there.
+    """
+    count = sum(len(places) for places, _ in parts)
+    sizes = np.zeros(count, np.int64)
+    for places, found in parts:
+        sizes[places] = found.sizes
+    offsets = offsets_of(sizes)
+    events, rank = np.empty(offsets[-1], np.int64), np.empty(offsets[-1], np.int64)
+    for places, found in parts:
+        where = ragged(offsets[places], found.sizes)
+        events[where], rank[where] = found.events, found.drop_rank
+    return Behaviours(offsets, events, rank)
+
+
+def check_histories(
+    offsets: npt.NDArray[np.int64],
+    events: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    stops: npt.NDArray[np.int64],
+    samples: npt.NDArray[np.int64],
+) -> None:
+    """Refuse a history that reaches outside its sample's own range of events.
+
+    Args:
+        offsets: Sample n has events `offsets[n]:offsets[n + 1]`, in order of time [N + 1].
+        events: Event rows [M].
+        starts: First event of every sample's history [N].
+        stops: End of it [N].
+        samples: Sample ids, for the message [N].
 
     Raises:
-        TableError: An event lies outside `start:stop`: it would tell of the future or of another
-            user.
+        TableError: An event lies outside its range: it would tell of the future or of another
+            user; or one occurs twice.
     """
-    events = behaviour.events
-    if len(events) and (
-        events.min() < start or events.max() >= stop or (np.diff(events) < 1).any()
-    ):
+    sizes = np.diff(offsets)
+    wrong = (events < np.repeat(starts, sizes)) | (events >= np.repeat(stops, sizes))
+    follows = np.ones(len(events), bool)
+    follows[offsets[:-1][sizes > 0]] = False
+    wrong[1:] |= follows[1:] & (np.diff(events) < 1)
+    if wrong.any():
+        n = int(np.searchsorted(offsets, np.flatnonzero(wrong)[0], side="right")) - 1
+        found = events[offsets[n] : offsets[n + 1]].tolist()
         raise TableError(
-            f"sample {sample}: its retrieved events {events.tolist()} are not ascending rows of"
-            f" its history {start}:{stop}; run `rellax retrieval` again"
+            f"sample {samples[n]}: its retrieved events {found} are not ascending rows of its"
+            f" history {starts[n]}:{stops[n]}; run `rellax retrieval` again"
         )
 
 

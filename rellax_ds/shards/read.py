@@ -1,11 +1,12 @@
 """Verified random access to shards: nothing is decoded that does not match the index.
 
 A tar that lost its tail or a bit still looks like a tar to most readers, with fewer or other
-samples. So `index.json` is the truth: it holds the size and sha256 of every shard and the place,
-length and checksum of every sample, and a digest of itself. `ShardReader.open` checks the files,
-every read checks the sample again, and whatever differs is a `ShardError`. There is no mode that
-skips a bad sample. Samples are read by position with `pread`; neither webdataset nor pickle is
-involved.
+samples. So the index is the truth. `index.json` is small: the size and sha256 of every shard, facts
+about the prompts, and a digest of itself. `samples.parquet`, whose sha256 it names, holds a row a
+sample: its place, length and checksum. `ShardReader.open` checks the files, every read checks the
+sample again, and whatever differs is a `ShardError`. There is no mode that skips a bad sample.
+Samples are read by position with `pread`; neither webdataset nor pickle is involved, and opening
+costs the reading of a few columns, so a resume among millions of samples costs no more.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from rellax_ds import schema
 from rellax_ds.artifacts import file_sha256
 from rellax_ds.config import digest
-from rellax_ds.errors import ShardError
+from rellax_ds.errors import ShardError, TableError
+from rellax_ds.shards.pool import VARIANTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,11 +35,26 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
+SAMPLES = "samples.parquet"
 CRM = "crm.safetensors"
 MEMBERS = ("instance.npy", "sample.json", "tokens.npy")
 """The members of a sample, in the order they lie in the tar."""
+
+SAMPLE_COLUMNS = {
+    "sample": pa.int64(),
+    "variant": pa.int8(),
+    "offset": pa.int64(),
+    "length": pa.int64(),
+    "crc32": pa.uint32(),
+    "tokens": pa.int32(),
+    "label": pa.int8(),
+}
+"""Columns of `samples.parquet`: sample id, position in `pool.VARIANTS`, place and number of bytes
+in the shard, their checksum, tokens of the prompt and label of its target. Rows are in the order of
+splits, shards and places; a shard has as many as `index.json` says.
+"""
 
 _BLOCK = 512
 _MAX_MEMBER = 16 << 20
@@ -116,17 +136,23 @@ def members(data: bytes | memoryview, where: str, base: int = 0) -> Iterator[Mem
         position = member.end
 
 
-def scan_shard(path: Path) -> dict[str, list[Any]]:
-    """Read a closed shard back: place and checksum of every sample, as columns for the index.
+class Found(NamedTuple):
+    """A sample met in a tar: its key, and place, bytes and checksum."""
 
-    Returns:
-        Equally long lists `keys`, `offsets`, `lengths` (bytes) and `crc32`.
+    key: str
+    offset: int
+    length: int
+    crc32: int
+
+
+def scan_shard(path: Path) -> list[Found]:
+    """Read a closed shard back.
 
     Raises:
         ShardError: A sample lacks a member or has another one.
     """
     data = memoryview(path.read_bytes())
-    columns: dict[str, list[Any]] = {"keys": [], "offsets": [], "lengths": [], "crc32": []}
+    samples = []
     found = list(members(data, str(path)))
     for n in range(0, len(found), len(MEMBERS)):
         group = found[n : n + len(MEMBERS)]
@@ -134,11 +160,13 @@ def scan_shard(path: Path) -> dict[str, list[Any]]:
         if [member.name for member in group] != [f"{key}.{name}" for name in MEMBERS]:
             raise _damaged(str(path), group[0].header, f"sample {key!r} lacks a member")
         start, stop = group[0].header, group[-1].end
-        columns["keys"].append(key)
-        columns["offsets"].append(start)
-        columns["lengths"].append(stop - start)
-        columns["crc32"].append(zlib.crc32(data[start:stop]))
-    return columns
+        samples.append(Found(key, start, stop - start, zlib.crc32(data[start:stop])))
+    return samples
+
+
+def sample_key(sample: int, variant: int, mixed: bool) -> str:
+    """Name of a sample in its shard: its id in 12 digits, in mixed data followed by the variant."""
+    return f"{sample:012d}" + (f"-{VARIANTS[variant]}" if mixed else "")
 
 
 class ShardIndex:
@@ -148,12 +176,14 @@ class ShardIndex:
         folder: Folder of the shards.
         document: The whole index.
         digest: Identity of the shards: every byte of them is covered.
+        mixed: Whether a sample may be written twice, so that its key names the variant.
     """
 
     def __init__(self, folder: Path, document: dict[str, Any]) -> None:
         """Use `ShardIndex.open`."""
         self.folder, self.document = folder, document
         self.digest: str = document["digest"]
+        self.mixed = bool(document["mixed"])
 
     @classmethod
     def open(cls, folder: Path) -> ShardIndex:
@@ -203,6 +233,31 @@ class ShardIndex:
         return int(self.document["instance_width"])
 
     @functools.cached_property
+    def samples(self) -> pa.Table:
+        """The rows of `samples.parquet`, see `SAMPLE_COLUMNS`.
+
+        Raises:
+            ShardError: The file is absent or altered.
+        """
+        path = self.folder / SAMPLES
+        check_file(path, self.document["samples"], "sha256")
+        try:
+            table = schema.check_table(pq.read_table(path), SAMPLE_COLUMNS, str(path))
+        except (OSError, pa.ArrowInvalid, TableError) as error:
+            raise ShardError(f"{path}: cannot be read ({error}); {_REMEDY}") from None
+        wanted = sum(shard["n"] for shards in self.document["shards"].values() for shard in shards)
+        if table.num_rows != wanted:
+            raise ShardError(f"{path}: {table.num_rows} rows, not {wanted}; {_REMEDY}")
+        return table.combine_chunks()
+
+    def rows(self, split: str) -> pa.Table:
+        """The rows of one split, in the order of its samples."""
+        shards = self.document["shards"]
+        counts = {name: sum(shard["n"] for shard in shards[name]) for name in schema.SPLITS}
+        start = sum(counts[name] for name in schema.SPLITS[: schema.SPLITS.index(split)])
+        return self.samples.slice(start, counts[split])
+
+    @functools.cached_property
     def item_table(self) -> npt.NDArray[np.float32]:
         """Standardised item embeddings, float32 [num_items + 1, E]; row 0 is zeros.
 
@@ -212,7 +267,7 @@ class ShardIndex:
         from safetensors.numpy import load_file
 
         path = self.folder / CRM
-        _check_file(path, self.document["crm"], "sha256")
+        check_file(path, self.document["crm"], "sha256")
         table: npt.NDArray[np.float32] = load_file(path)["item_table"]
         return table
 
@@ -223,24 +278,24 @@ class ShardReader:
     Attributes:
         index: The index of all splits.
         split: `train`, `valid` or `test`.
+        samples: int64 [N], sample id of every prompt.
         lengths: int64 [N], tokens of every prompt.
         labels: int64 [N], label of every target.
-        keys: Key of every sample.
     """
 
     def __init__(self, index: ShardIndex, split: str, verify: Literal["sha256", "size"]) -> None:
         """Use `ShardReader.open`."""
         self.index, self.split = index, split
         self._shards = index.document["shards"][split]
-        for shard in self._shards:
-            _check_shard(index.folder / shard["name"], shard, verify)
-        self.keys: list[str] = [key for shard in self._shards for key in shard["keys"]]
-        self.lengths = self._column("tokens")
-        self.labels = self._column("labels")
-        self._offsets, self._bytes = self._column("offsets"), self._column("lengths")
+        self._rows = index.rows(split)
+        self.samples, self.lengths = self._column("sample"), self._column("tokens")
+        self.labels, self._variants = self._column("label"), self._column("variant")
+        self._offsets, self._bytes = self._column("offset"), self._column("length")
         self._crc32 = self._column("crc32")
         self._ends = np.cumsum([shard["n"] for shard in self._shards])
         self._files: dict[int, int] = {}
+        for number in range(len(self._shards)):
+            self._check_shard(number, verify)
 
     @classmethod
     def open(
@@ -260,7 +315,17 @@ class ShardReader:
 
     def __len__(self) -> int:
         """Number of samples."""
-        return len(self.keys)
+        return len(self.samples)
+
+    @property
+    def keys(self) -> list[str]:
+        """Key of every sample."""
+        return [self.key(position) for position in range(len(self))]
+
+    def key(self, position: int) -> str:
+        """Key of the sample at a position."""
+        sample, variant = int(self.samples[position]), int(self._variants[position])
+        return sample_key(sample, variant, self.index.mixed)
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at a position.
@@ -275,7 +340,7 @@ class ShardReader:
         data = os.pread(self._file(number), int(self._bytes[position]), offset)
         if zlib.crc32(data) != self._crc32[position]:
             raise _damaged(str(self.index.folder / shard["name"]), offset, "differs from the index")
-        return self._decode(data, self.keys[position], shard["name"], offset)
+        return self._decode(data, self.key(position), shard["name"], offset)
 
     def close(self) -> None:
         """Close the shards' files; they open again on the next read."""
@@ -301,7 +366,30 @@ class ShardReader:
             raise _damaged(where, offset, f"sample {key} cannot be decoded ({error})") from None
 
     def _column(self, name: str) -> npt.NDArray[np.int64]:
-        return np.array([value for shard in self._shards for value in shard[name]], np.int64)
+        column: npt.NDArray[np.int64] = self._rows.column(name).to_numpy().astype(np.int64)
+        return column
+
+    def _check_shard(self, number: int, verify: str) -> None:
+        """Check a shard's file, and name the sample at which it begins to differ."""
+        facts = self._shards[number]
+        path = self.index.folder / facts["name"]
+        try:
+            check_file(path, facts, verify)
+        except ShardError:
+            if path.is_file():
+                self._name_damaged_sample(number, path)
+            raise
+
+    def _name_damaged_sample(self, number: int, path: Path) -> None:
+        data = path.read_bytes()
+        stop = int(self._ends[number])
+        for position in range(stop - self._shards[number]["n"], stop):
+            offset, length = int(self._offsets[position]), int(self._bytes[position])
+            part, key = data[offset : offset + length], self.key(position)
+            if len(part) < length:
+                raise _damaged(str(path), len(data), f"ends inside sample {key} (at {offset})")
+            if zlib.crc32(part) != self._crc32[position]:
+                raise _damaged(str(path), offset, f"sample {key} differs from the index")
 
 
 def _array(data: bytes, dimensions: int) -> npt.NDArray[Any]:
@@ -311,7 +399,12 @@ def _array(data: bytes, dimensions: int) -> npt.NDArray[Any]:
     return array
 
 
-def _check_file(path: Path, facts: dict[str, Any], verify: str) -> None:
+def check_file(path: Path, facts: dict[str, Any], verify: str = "sha256") -> None:
+    """Check a file's size and, unless `verify` is `size`, its sha256.
+
+    Raises:
+        ShardError: It is absent or differs from `facts` (`bytes` and `sha256`).
+    """
     try:
         size = path.stat().st_size
     except OSError:
@@ -320,26 +413,6 @@ def _check_file(path: Path, facts: dict[str, Any], verify: str) -> None:
         raise _damaged(str(path), min(size, facts["bytes"]), f"{size} bytes, not {facts['bytes']}")
     if verify == "sha256" and file_sha256(path) != facts["sha256"]:
         raise _damaged(str(path), 0, "its sha256 differs from the index")
-
-
-def _check_shard(path: Path, facts: dict[str, Any], verify: str) -> None:
-    try:
-        _check_file(path, facts, verify)
-    except ShardError:
-        if path.is_file():
-            _name_damaged_sample(path, facts)
-        raise
-
-
-def _name_damaged_sample(path: Path, facts: dict[str, Any]) -> None:
-    data = path.read_bytes()
-    columns = (facts[name] for name in ("keys", "offsets", "lengths", "crc32"))
-    for key, offset, length, checksum in zip(*columns, strict=True):
-        part = data[offset : offset + length]
-        if len(part) < length:
-            raise _damaged(str(path), len(data), f"ends inside sample {key} (at {offset})")
-        if zlib.crc32(part) != checksum:
-            raise _damaged(str(path), offset, f"sample {key} differs from the index")
 
 
 def _damaged(where: str, offset: int, what: str) -> ShardError:

@@ -1,10 +1,11 @@
 """Writing shards: one partition, one tar, equal input giving equal bytes.
 
-A worker turns a list of (sample, variant) rows into prompts and writes them through webdataset's
-tar codec with a fixed time stamp, then reads the closed file back: the offsets in the index are
-those found in the file, and a file that does not read back is never committed. The driver writes
-the recommender's part once (`crm.safetensors`: the standardised item table and the scale of h) and
-merges the partitions' columns into `index.json`.
+A worker turns a list of (sample, variant) rows into prompts, all at once, and writes them one by
+one through webdataset's tar codec with a fixed time stamp; then it reads the closed file back: the
+offsets in the index are those found in the file, and a file that does not read back is never
+committed. The driver writes the recommender's part once (`crm.safetensors`: the standardised item
+table and the scale of h) and merges the partitions' columns into `samples.parquet`, which
+`index.json` covers.
 """
 
 from __future__ import annotations
@@ -12,33 +13,46 @@ from __future__ import annotations
 import collections
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from rellax_ds import schema
+from rellax_ds import runtime, schema
 from rellax_ds.artifacts import file_sha256, write_json
 from rellax_ds.config import digest
 from rellax_ds.errors import ArtifactError, TableError
-from rellax_ds.prompts.render import History, Prompt, PromptBuilder
+from rellax_ds.prompts.assemble import Histories, offsets_of
+from rellax_ds.prompts.render import PromptBuilder
 from rellax_ds.prompts.templates import Template
 from rellax_ds.prompts.tokens import load_tokens
 from rellax_ds.shards import pool
-from rellax_ds.shards.read import CRM, FORMAT, INDEX, scan_shard
-from rellax_ds.tables import read_parquet
+from rellax_ds.shards.read import (
+    CRM,
+    FORMAT,
+    INDEX,
+    SAMPLE_COLUMNS,
+    SAMPLES,
+    sample_key,
+    scan_shard,
+)
+from rellax_ds.tables import read_parquet, write_parquet
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
     from rellax_ds.partitions import Partition, PartitionRecord
-    from rellax_ds.shards.pool import Row
+    from rellax_ds.prompts.render import Prompts
+    from rellax_ds.prompts.spans import Cuts
 
 _FLOOR = 0.25
-_COLUMNS = ("keys", "offsets", "lengths", "crc32", "tokens", "labels")
+_ROWS_AT_ONCE = 4096
+_PART = ".samples.parquet"
 
 
 class ShardWorker:
@@ -62,6 +76,7 @@ class ShardWorker:
         max_tokens: int,
         label_threshold: float,
         suffix_variant: bool,
+        cuts: Cuts | None = None,
     ) -> None:
         """Read what every prompt needs.
 
@@ -78,6 +93,7 @@ class ShardWorker:
             max_tokens: Longest prompt.
             label_threshold: A rating above this is a like; for the wording.
             suffix_variant: Name the variant in the key, because a sample is written twice.
+            cuts: `PromptBuilder.cuts` of an equal worker; by default the tokenizer is tried here.
         """
         from safetensors.numpy import load_file
 
@@ -95,6 +111,7 @@ class ShardWorker:
             chat=chat,
             soft_slots=soft_slots,
             max_tokens=max_tokens,
+            cuts=cuts,
         )
         scales = load_file(scale)
         self._mean, self._std = scales["instance_mean"], scales["instance_std"]
@@ -102,92 +119,177 @@ class ShardWorker:
         self._instances = np.load(self._crm / "instances.npy", mmap_mode="r", allow_pickle=False)
 
     def __call__(self, partition: Partition, directory: Path) -> dict[str, Any]:
-        """Write `PARTITION.tar` and return the shard's columns of the index."""
+        """Write `PARTITION.tar` and the shard's rows of `samples.parquet`; return its counts."""
+        runtime.secure_webdataset()
         import webdataset
 
-        rows: list[Row] = [(int(sample), kind) for sample, kind in partition.payload["rows"]]
+        samples = np.array([sample for sample, _ in partition.payload["rows"]], np.int64)
+        kinds = [pool.VARIANTS.index(kind) for _, kind in partition.payload["rows"]]
+        variants = np.array(kinds, np.int64)
         split = str(partition.payload["split"])
-        samples = self._samples(rows)
         path = directory / f"{partition.name}.tar"
-        counts: dict[str, Any] = {"tokens": [], "labels": [], "dropped": [], "clipped": 0}
+        columns: dict[str, list[Any]] = {"tokens": [], "label": []}
+        dropped: collections.Counter[int] = collections.Counter()
+        clipped = 0
         with (
             path.open("wb") as file,
             webdataset.TarWriter(file, mtime=0, encoder=False) as writer,
         ):
-            for row, sample in zip(rows, samples, strict=True):
-                prompt, facts = self._prompt(row, sample, split)
-                writer.write(self._encode(row, prompt, facts))
-                counts["tokens"].append(len(prompt.input_ids))
-                counts["labels"].append(facts["label"])
-                counts["dropped"].append(facts["dropped"])
-                counts["clipped"] += prompt.clipped > 0
+            for start in range(0, len(samples), _ROWS_AT_ONCE):
+                rows = slice(start, start + _ROWS_AT_ONCE)
+                batch = self.prompts(samples[rows], variants[rows])
+                for sample in batch.encoded(split, self._suffix_variant):
+                    writer.write(sample)
+                columns["tokens"] += batch.prompts.lengths.tolist()
+                columns["label"] += batch.table["label"].tolist()
+                dropped.update(batch.num_dropped.tolist())
+                clipped += int((batch.prompts.clipped > 0).sum())
         found = scan_shard(path)
-        if found["keys"] != [self._key(row) for row in rows]:
+        pairs = zip(samples.tolist(), kinds, strict=True)
+        if [sample.key for sample in found] != [
+            sample_key(sample, kind, self._suffix_variant) for sample, kind in pairs
+        ]:
             raise ArtifactError(f"{path}: does not read back as it was written; check the disk")
-        return {"split": split, "n": len(rows), **found, **counts}
+        places = {name: [getattr(s, name) for s in found] for name in ("offset", "length", "crc32")}
+        table = {"sample": samples, "variant": variants, **places, **columns}
+        part = pa.table(
+            {name: pa.array(table[name], kind) for name, kind in SAMPLE_COLUMNS.items()}
+        )
+        write_parquet(part, directory / f"{partition.name}{_PART}")
+        dropped_counts = {str(count): dropped[count] for count in sorted(dropped)}
+        return {"split": split, "n": len(samples), "dropped": dropped_counts, "clipped": clipped}
 
-    def _samples(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        ids = np.array([sample for sample, _ in rows], np.int64)
-        table = pool.take_rows(self._tables / "samples.parquet", list(schema.SAMPLES), ids)
-        found: list[dict[str, Any]] = table.to_pylist()
-        wanted = [n for n, (_, kind) in enumerate(rows) if kind == "retrieved"]
-        if wanted:
-            if self._retrieval is None:
-                raise ArtifactError("retrieved history needs stage 'retrieval'; run it first")
-            path = self._retrieval / "retrieved.parquet"
-            lists = pool.take_rows(path, list(schema.RETRIEVED), ids[wanted]).to_pylist()
-            for n, entry in zip(wanted, lists, strict=True):
-                if entry["sample"] != rows[n][0]:
-                    raise TableError(
-                        f"{path}: row {rows[n][0]} is of sample {entry['sample']};"
-                        " run `rellax retrieval` again"
-                    )
-                found[n] |= {"events": entry["events"], "similarity": entry["similarity"]}
-        return found
+    def prompts(
+        self, samples: npt.NDArray[np.int64], variants: npt.NDArray[np.int64]
+    ) -> PromptRows:
+        """The prompts of samples, ready to be written.
 
-    def _prompt(
-        self, row: Row, sample: dict[str, Any], split: str
-    ) -> tuple[Prompt, dict[str, Any]]:
-        sample_id, variant = row
-        start, stop = sample["history_start"], sample["history_end"]
-        if variant == "recent":
-            behaviour = pool.recent_history(start, stop, self._length)
-        else:
-            behaviour = pool.retrieved_history(
-                np.array(sample["events"], np.int64),
-                np.array(sample["similarity"], np.float32),
-                self._length,
-            )
-        pool.check_history(behaviour, start, stop, sample_id)
-        events = behaviour.events
-        history = History(
+        Args:
+            samples: Sample ids [N].
+            variants: Position in `pool.VARIANTS` of the history each shows [N].
+
+        Raises:
+            TableError: A history reaches outside its sample's own events.
+        """
+        rows = pool.take_rows(self._tables / "samples.parquet", list(schema.SAMPLES), samples)
+        table = {name: rows.column(name).to_numpy() for name in schema.SAMPLES}
+        behaviours = self._behaviours(samples, variants, table)
+        events = behaviours.events
+        histories = Histories(
+            behaviours.offsets,
             self._items[events],
             self._ratings[events],
             self._labels[events],
-            behaviour.drop_order.tolist(),
+            behaviours.drop_rank,
         )
-        prompt = self.builder.build(sample["user"], sample["item"], sample["label"], history)
-        facts = {name: sample[name] for name in ("user", "item", "label")}
-        facts |= {"sample": sample_id, "split": split, "variant": variant}
-        facts["history"] = events[list(prompt.kept)].tolist()
-        facts["dropped"] = len(events) - len(prompt.kept)
-        return prompt, facts
-
-    def _encode(self, row: Row, prompt: Prompt, facts: dict[str, Any]) -> dict[str, Any]:
-        slots = prompt.slot_items
+        found = self.builder.build_batch(table["user"], table["item"], table["label"], histories)
+        instances = (self._instances[samples].astype(np.float32) - self._mean) / self._std
+        slots = found.slot_items
         item_rows = np.where(slots >= 0, np.where(self._seen[slots + 1], slots + 1, 0), -1)
-        tokens = np.stack([prompt.input_ids, item_rows, prompt.answers]).astype(np.int32)
-        instance = (self._instances[row[0]].astype(np.float32) - self._mean) / self._std
-        text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+        tokens = np.stack([found.input_ids, item_rows, found.answers]).astype(np.int32)
+        return PromptRows(
+            samples, variants, table, behaviours, found, tokens, instances.astype(np.float32)
+        )
+
+    def _behaviours(
+        self,
+        samples: npt.NDArray[np.int64],
+        variants: npt.NDArray[np.int64],
+        table: Mapping[str, npt.NDArray[np.int64]],
+    ) -> pool.Behaviours:
+        parts = []
+        for number, variant in enumerate(pool.VARIANTS):
+            places = np.flatnonzero(variants == number)
+            if not len(places):
+                continue
+            ids = samples[places]
+            starts, stops = table["history_start"][places], table["history_end"][places]
+            if variant == "recent":
+                found = pool.recent_histories(starts, stops, self._length)
+                pool.check_histories(found.offsets, found.events, starts, stops, ids)
+            else:
+                offsets, events, similarity = self._retrieved(ids)
+                pool.check_histories(offsets, events, starts, stops, ids)
+                found = pool.retrieved_histories(offsets, events, similarity, self._length, variant)
+            parts.append((places, found))
+        return pool.interleave(parts)
+
+    def _retrieved(
+        self, samples: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Offsets, event rows in order of time and similarities of samples' retrieved events."""
+        if self._retrieval is None:
+            raise ArtifactError("retrieved history needs stage 'retrieval'; run it first")
+        path = self._retrieval / "retrieved.parquet"
+        table = pool.take_rows(path, list(schema.RETRIEVED), samples)
+        stated = table.column("sample").to_numpy()
+        other = np.flatnonzero(stated != samples)
+        if len(other):
+            raise TableError(
+                f"{path}: row {samples[other[0]]} is of sample {stated[other[0]]};"
+                " run `rellax retrieval` again"
+            )
+        sizes = pc.list_value_length(table.column("events")).to_numpy()
+        events, similarity = (
+            pc.list_flatten(table.column(name)).to_numpy() for name in ("events", "similarity")
+        )
+        return offsets_of(sizes), events, similarity
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """N prompts with everything that is written about them.
+
+    Attributes:
+        samples: Sample ids [N].
+        variants: Positions in `pool.VARIANTS` [N].
+        table: Columns of the samples [N].
+        behaviours: The history each may show.
+        prompts: The prompts, T tokens together.
+        tokens: int32 [3, T], see `Sample.tokens`.
+        instances: float32 [N, H], standardised.
+    """
+
+    samples: npt.NDArray[np.int64]
+    variants: npt.NDArray[np.int64]
+    table: Mapping[str, npt.NDArray[Any]]
+    behaviours: pool.Behaviours
+    prompts: Prompts
+    tokens: npt.NDArray[np.int32]
+    instances: npt.NDArray[np.float32]
+
+    @property
+    def num_dropped(self) -> npt.NDArray[np.int64]:
+        """Events left out of every prompt because it was too long [N]."""
+        gone = np.concatenate([[0], np.cumsum(~self.prompts.kept)])
+        dropped: npt.NDArray[np.int64] = np.diff(gone[self.behaviours.offsets])
+        return dropped
+
+    def facts(self, n: int, split: str) -> dict[str, Any]:
+        """What `sample.json` says about prompt n."""
+        place = slice(self.behaviours.offsets[n], self.behaviours.offsets[n + 1])
+        kept = self.prompts.kept[place]
+        found = {name: int(self.table[name][n]) for name in ("user", "item", "label")}
         return {
-            "__key__": self._key(row),
-            "tokens.npy": _npy(tokens),
-            "instance.npy": _npy(instance.astype(np.float32)),
-            "sample.json": text.encode(),
+            **found,
+            "sample": int(self.samples[n]),
+            "split": split,
+            "variant": pool.VARIANTS[self.variants[n]],
+            "history": self.behaviours.events[place][kept].tolist(),
+            "dropped": int((~kept).sum()),
         }
 
-    def _key(self, row: Row) -> str:
-        return f"{row[0]:012d}" + (f"-{row[1]}" if self._suffix_variant else "")
+    def encoded(self, split: str, suffix_variant: bool) -> Iterator[dict[str, Any]]:
+        """The samples as the tar writer takes them."""
+        for n in range(len(self.samples)):
+            place = slice(self.prompts.offsets[n], self.prompts.offsets[n + 1])
+            text = json.dumps(self.facts(n, split), sort_keys=True, separators=(",", ":"))
+            yield {
+                "__key__": sample_key(int(self.samples[n]), int(self.variants[n]), suffix_variant),
+                "tokens.npy": _npy(self.tokens[:, place]),
+                "instance.npy": _npy(self.instances[n]),
+                "sample.json": text.encode(),
+            }
 
 
 def write_scale(crm: Path, path: Path, rows: npt.NDArray[np.int64]) -> dict[str, int]:
@@ -227,39 +329,57 @@ def write_scale(crm: Path, path: Path, rows: npt.NDArray[np.int64]) -> dict[str,
 def write_index(
     folder: Path, records: Sequence[PartitionRecord], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Merge the partitions' columns into `index.json`.
+    """Merge the partitions' columns into `samples.parquet` and write `index.json`.
 
     Args:
         folder: Folder that holds the shards and `crm.safetensors`.
-        records: Committed partitions, in order.
-        facts: Answer ids, template, tokenizer and widths.
+        records: Committed partitions, in order; their own columns are removed.
+        facts: Answer ids, template, tokenizer, widths and whether the data is `mixed`.
 
     Returns:
         The document, with its digest.
     """
+    parts = {record.name: folder / f"{record.name}{_PART}" for record in records}
+    tables = {name: read_parquet(path, SAMPLE_COLUMNS) for name, path in parts.items()}
     shards: dict[str, list[dict[str, Any]]] = {split: [] for split in schema.SPLITS}
     for record in records:
         name = f"{record.name}.tar"
-        columns = {key: record.counts[key] for key in ("n", *_COLUMNS)}
-        shards[record.counts["split"]].append({"name": name, **record.files[name], **columns})
-    crm = folder / CRM
+        entry = {"name": name, **record.files[name], "n": record.counts["n"]}
+        shards[record.counts["split"]].append(entry)
+    empty = pa.schema(list(SAMPLE_COLUMNS.items())).empty_table()
+    in_order = [
+        record for split in schema.SPLITS for record in records if record.counts["split"] == split
+    ]
+    merged = pa.concat_tables([empty, *(tables[record.name] for record in in_order)])
+    write_parquet(merged, folder / SAMPLES)
     document = {
         "format": FORMAT,
         **facts,
-        "crm": {"bytes": crm.stat().st_size, "sha256": file_sha256(crm)},
-        "splits": {split: _statistics(records, split) for split in schema.SPLITS},
+        "crm": _file_facts(folder / CRM),
+        "samples": _file_facts(folder / SAMPLES),
+        "splits": {split: _statistics(records, tables, split) for split in schema.SPLITS},
         "shards": shards,
     }
     document["digest"] = digest(document)
     write_json(folder / INDEX, document)
+    for path in parts.values():
+        path.unlink()
     return document
 
 
-def _statistics(records: Sequence[PartitionRecord], split: str) -> dict[str, Any]:
-    found = [record.counts for record in records if record.counts["split"] == split]
-    tokens = np.array([n for counts in found for n in counts["tokens"]], np.int64)
-    labels = np.array([n for counts in found for n in counts["labels"]], np.int64)
-    dropped = collections.Counter(n for counts in found for n in counts["dropped"])
+def _statistics(
+    records: Sequence[PartitionRecord], tables: Mapping[str, pa.Table], split: str
+) -> dict[str, Any]:
+    found = [record for record in records if record.counts["split"] == split]
+    tokens, labels = (
+        np.concatenate(
+            [np.zeros(0), *(tables[record.name].column(name).to_numpy() for record in found)]
+        )
+        for name in ("tokens", "label")
+    )
+    dropped: collections.Counter[int] = collections.Counter()
+    for record in found:
+        dropped.update({int(n): count for n, count in record.counts["dropped"].items()})
     return {
         "rows": len(tokens),
         "shards": len(found),
@@ -267,8 +387,12 @@ def _statistics(records: Sequence[PartitionRecord], split: str) -> dict[str, Any
         "tokens_max": int(tokens.max(initial=0)),
         "label_mean": round(float(labels.mean()), 6) if len(labels) else 0.0,
         "dropped": {str(count): dropped[count] for count in sorted(dropped)},
-        "clipped": int(sum(counts["clipped"] for counts in found)),
+        "clipped": int(sum(record.counts["clipped"] for record in found)),
     }
+
+
+def _file_facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _read_events(

@@ -60,7 +60,7 @@ def settings(context: StageContext) -> dict[str, Any]:
         "history_length": recipe.shards.history_length,
         "max_tokens": recipe.shards.max_tokens,
         "label_threshold": recipe.data.label_threshold,
-        "suffix_variant": recipe.shards.history == "mixed",
+        "suffix_variant": recipe.shards.history in pool.MIXED,
     }
 
 
@@ -74,7 +74,9 @@ def build(context: StageContext) -> dict[str, Any]:
     candidates = pool.training_candidates(split_of, recipe.shards, holdout_start)
     facts: dict[str, Any] = write_scale(crm, context.directory / CRM, candidates)
     arguments = settings(context)
-    facts |= _facts(recipe, ShardWorker(**arguments).builder)
+    builder = ShardWorker(**arguments).builder
+    facts |= _facts(recipe, builder)
+    arguments["cuts"] = builder.cuts
     records = run_partitions(
         "shards",
         partitions(rows, recipe.shards.samples_per_shard),
@@ -97,11 +99,13 @@ def _facts(recipe: Recipe, builder: PromptBuilder) -> dict[str, Any]:
         "template": {"digest": template.digest, **template.document()},
         "tokenizer": builder.tokens.digest,
         "backbone": resolve_model(recipe.model.backbone).identity,
+        "boundaries": builder.boundaries,
         "chat": builder.wrapped,
         "soft_slots": recipe.model.spa,
         "slot_id": builder.tokens.slot_id,
         "max_tokens": recipe.shards.max_tokens,
         "history": recipe.shards.history,
+        "mixed": recipe.shards.history in pool.MIXED,
         "history_length": recipe.shards.history_length,
         "seed": recipe.seed,
     }
@@ -109,7 +113,7 @@ def _facts(recipe: Recipe, builder: PromptBuilder) -> dict[str, Any]:
 
 STAGE = Stage(
     name="shards",
-    version=1,
+    version=2,
     sections=("shards", "model.backbone", "model.spa", "data.label_threshold", "seed"),
     inputs=_inputs,
     build=build,

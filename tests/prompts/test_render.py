@@ -132,12 +132,13 @@ def test_profile_with_an_empty_field_is_left_out(builder: Make, tokens: PromptTo
 def test_too_long_prompt_gives_up_history_in_the_given_order(
     builder: Make, tokens: PromptTokens, history: History, name: str
 ) -> None:
-    whole = builder(name).build(0, 5, 1, history)
+    made = builder(name)
+    whole = made.build(0, 5, 1, history)
     question = tokens._tokenizer.decode(whole.input_ids).rpartition("Plain Harbour")[2]
     seen = []
     for limit in range(len(whole.input_ids), 0, -1):
         try:
-            prompt = builder(name, max_tokens=limit).build(0, 5, 1, history)
+            prompt = builder(name, max_tokens=limit, cuts=made.cuts).build(0, 5, 1, history)
         except ConfigError:
             break
         if prompt.clipped:

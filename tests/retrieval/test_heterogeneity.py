@@ -14,7 +14,7 @@ from rellax_ds.retrieval.encoder import ItemEncoder, distinct_texts, finish_vect
 from rellax_ds.retrieval.heterogeneity import heterogeneity
 from rellax_ds.retrieval.item_text import render
 from rellax_ds.retrieval.similarity import quantise
-from rellax_ds.tables import movielens, write_parquet
+from rellax_ds.tables import movielens
 from rellax_ds.tables.split import build_tables
 from rellax_ds.testing import made_tables
 
@@ -96,10 +96,8 @@ def test_heterogeneity_movielens_100k_meets_the_published_figures(real_tables, t
     except AssetError as error:
         pytest.skip(str(error))
     settings = EmbeddingsConfig()
-    write_parquet(real_tables.items, tmp_path / "items.parquet")
     encoder = ItemEncoder(
-        items_path=str(tmp_path / "items.parquet"),
-        template=settings.text,
+        texts_path=str(tmp_path / "texts.arrow"),
         model=model,
         batch_size=settings.batch_size,
         max_tokens=settings.max_tokens,

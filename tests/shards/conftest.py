@@ -54,7 +54,7 @@ class Inputs:
         candidates = pool.training_candidates(split_of, config, None)
         scale = folder / "crm.safetensors"
         facts: dict[str, Any] = write_scale(self.root / "4_crm", scale, candidates)
-        mixed = config.history == "mixed"
+        mixed = config.history in pool.MIXED
         worker = ShardWorker(**self.settings(scale, suffix_variant=mixed))
         parts = partitions(rows, config.samples_per_shard)
         records = {
@@ -66,6 +66,7 @@ class Inputs:
             "answer_ids": {"yes": ids.yes, "no": ids.no},
             "history_supervised": worker.builder.history_supervised,
             "soft_slots": True,
+            "mixed": mixed,
             "slot_id": worker.builder.tokens.slot_id,
         }
         return write_index(folder, [records[part.name] for part in parts], facts)

@@ -61,28 +61,71 @@ def test_holdout_draws_from_the_tail_of_train_only() -> None:
         choose(61, train_from="holdout")
 
 
+def test_half_mixed_history_writes_half_the_shots_twice() -> None:
+    rows = choose(history="half_mixed")
+    assert [kind for _, kind in rows["train"]] == ["recent", "retrieved"] * 10
+    assert [sample for sample, _ in rows["train"]][::2] == [s for s, _ in choose()["train"]][:10]
+    assert {kind for _, kind in rows["test"]} == {"retrieved"}
+    with pytest.raises(ConfigError, match=r"shards\.train_rows is 21.*an even number"):
+        choose(history="half_mixed", train_rows=21)
+
+
+@pytest.mark.parametrize("history", ["recent", "retrieved", "high", "low"])
+def test_one_pattern_is_shown_in_every_split(history: str) -> None:
+    rows = choose(history=history)
+    assert {kind for split in rows for _, kind in rows[split]} == {history}
+    assert [s for s, _ in rows["train"]] == [s for s, _ in choose()["train"]]
+
+
+def test_recent_histories_are_the_last_events_oldest_given_up_first() -> None:
+    found = pool.recent_histories(np.array([0, 7, 9]), np.array([5, 9, 9]), 3)
+    assert found.offsets.tolist() == [0, 3, 5, 5]
+    assert found.events.tolist() == [2, 3, 4, 7, 8]
+    assert found.drop_rank.tolist() == [0, 1, 2, 0, 1]
+
+
 @settings(deadline=None)
 @given(
-    st.lists(st.sampled_from([0.0, 0.25, 0.5]), min_size=1, max_size=12),
+    st.lists(st.lists(st.sampled_from([0.0, 0.25, 0.5]), max_size=12), min_size=1, max_size=4),
     st.integers(1, 12),
     st.integers(0, 1000),
+    st.sampled_from(["retrieved", "high", "low"]),
 )
-def test_retrieved_history_is_the_most_similar_in_order_of_time(
-    scores: list[float], length: int, start: int
+def test_retrieved_histories_are_the_most_similar_in_the_order_asked_for(
+    scores: list[list[float]], length: int, start: int, order: pool.Variant
 ) -> None:
-    events = np.arange(start, start + 2 * len(scores), 2)
-    found = pool.retrieved_history(events, np.array(scores, np.float32), length)
-    best = sorted(zip(scores, events.tolist(), strict=True), reverse=True)[:length]
-    assert found.events.tolist() == sorted(event for _, event in best)
-    given_up = found.events[found.drop_order].tolist()
-    assert given_up == [event for _, event in reversed(best)]
+    offsets = np.cumsum([0, *map(len, scores)])
+    events = [np.arange(start + n, start + n + 2 * len(row), 2) for n, row in enumerate(scores)]
+    similarity = np.array([score for row in scores for score in row], np.float32)
+    found = pool.retrieved_histories(offsets, np.concatenate(events), similarity, length, order)
+    for n, row in enumerate(scores):
+        place = slice(found.offsets[n], found.offsets[n + 1])
+        best = sorted(zip(row, events[n].tolist(), strict=True), reverse=True)[:length]
+        falling = [event for _, event in best]
+        expected = {"retrieved": sorted(falling), "high": falling, "low": falling[::-1]}[order]
+        assert found.events[place].tolist() == expected
+        given_up = found.events[place][np.argsort(found.drop_rank[place])].tolist()
+        assert given_up == falling[::-1]
+        assert sorted(found.drop_rank[place].tolist()) == list(range(len(falling)))
+
+
+def test_interleaved_histories_keep_the_places_of_their_prompts() -> None:
+    recent = pool.recent_histories(np.array([0, 0]), np.array([1, 3]), 2)
+    other = pool.recent_histories(np.array([50]), np.array([53]), 3)
+    found = pool.interleave([(np.array([2, 0]), recent), (np.array([1]), other)])
+    assert found.offsets.tolist() == [0, 2, 5, 6]
+    assert found.events.tolist() == [1, 2, 50, 51, 52, 0]
+    assert found.drop_rank.tolist() == [0, 1, 0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("events", [[4, 5], [5, 9], [7, 6], [6, 6]])
 def test_history_outside_its_range_or_out_of_order_is_refused(events: list[int]) -> None:
-    behaviour = pool.Behaviour(np.array(events), np.arange(2))
+    offsets, rows = np.array([0, 2, 2, 4]), np.array([0, 1, *events])
+    starts, stops = np.array([0, 3, 5]), np.array([2, 4, 9])
+    samples = np.array([1, 2, 3])
     with pytest.raises(TableError, match=r"sample 3.*history 5:9.*run `rellax retrieval` again"):
-        pool.check_history(behaviour, 5, 9, 3)
+        pool.check_histories(offsets, rows, starts, stops, samples)
+    pool.check_histories(offsets, np.array([0, 1, 5, 8]), starts, stops, samples)
 
 
 def test_take_rows_across_row_groups_keeps_the_asked_order(tmp_path: Path) -> None:

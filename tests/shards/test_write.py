@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rellax_ds.config import ShardsConfig
-from rellax_ds.errors import ArtifactError, TableError
+from rellax_ds.errors import ArtifactError, ConfigError, TableError
 from rellax_ds.partitions import Partition, process
 from rellax_ds.prompts.render import display_name
+from rellax_ds.shards import pool, write
 from rellax_ds.shards.read import MEMBERS, ShardReader
 from rellax_ds.shards.write import ShardWorker, write_scale
 
@@ -90,7 +91,7 @@ def worker(inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> ShardWorker
 
 
 @settings(deadline=None)
-@given(sample=st.integers(0, 299), variant=st.sampled_from(["recent", "retrieved"]))
+@given(sample=st.integers(0, 299), variant=st.sampled_from(pool.VARIANTS))
 def test_any_prompt_holds_the_titles_of_allowed_events_only(
     inputs: Any, worker: ShardWorker, sample: int, variant: Variant
 ) -> None:
@@ -99,10 +100,9 @@ def test_any_prompt_holds_the_titles_of_allowed_events_only(
     allowed = inputs.tables.events.slice(
         row["history_start"], row["history_end"] - row["history_start"]
     )
-    prompt, _ = worker._prompt((sample, variant), worker._samples([(sample, variant)])[0], "train")
-    lead_in, *lines, question = worker.builder.tokens._tokenizer.decode(prompt.input_ids).split(
-        "\n"
-    )
+    found = worker.prompts(np.array([sample]), np.array([pool.VARIANTS.index(variant)]))
+    text = worker.builder.tokens._tokenizer.decode(found.prompts.input_ids)
+    lead_in, *lines, question = text.split("\n")
     shown = {
         f"{display_name(titles[item])}~? {'Yes' if label else 'No'}"
         for item, label in zip(
@@ -113,6 +113,15 @@ def test_any_prompt_holds_the_titles_of_allowed_events_only(
     assert set(lines) <= shown
     assert len(lines) == min(LENGTH, allowed.num_rows)
     assert question == f"{display_name(titles[row['item']])}~?"
+
+
+def test_half_mixed_shards_are_the_first_rows_of_mixed_ones(
+    inputs: Any, mixed: Path, tmp_path: Path
+) -> None:
+    values = {"train_rows": 20, "valid_rows": 11, "test_rows": None, "samples_per_shard": 32}
+    inputs.write(tmp_path / "half", ShardsConfig(history="half_mixed", **values))
+    half, whole = (ShardReader.open(folder, "train") for folder in (tmp_path / "half", mixed))
+    assert half.keys == whole.keys[:20]
 
 
 def test_mixed_shards_hold_both_histories_of_a_shot(mixed: Path) -> None:
@@ -166,16 +175,62 @@ def test_long_prompts_drop_the_oldest_or_the_least_similar(inputs: Any, tmp_path
     scale = tmp_path / "crm.safetensors"
     write_scale(inputs.root / "4_crm", scale, np.arange(50))
     whole = ShardWorker(**inputs.settings(scale))
-    part = Partition("p", {"split": "test", "rows": [(100, "recent"), (100, "retrieved")]})
-    sample = whole._samples([(100, "recent")])[0]
-    limit = min(process(whole, part, tmp_path / "whole", "k").counts["tokens"]) - 1
-    short = ShardWorker(**inputs.settings(scale, max_tokens=limit))
-    counts = process(short, part, tmp_path / "short", "k").counts
-    assert max(counts["tokens"]) <= limit
-    assert min(counts["dropped"]) >= 1
-    recent, facts = short._prompt((100, "recent"), sample, "test")
-    stop = sample["history_end"]
-    assert facts["history"] == list(range(stop - len(recent.kept), stop))
+    samples, variants = np.array([100, 100]), np.array([0, 1])
+    limit = int(whole.prompts(samples, variants).prompts.lengths.min()) - 1
+    short = ShardWorker(**inputs.settings(scale, max_tokens=limit)).prompts(samples, variants)
+    assert short.prompts.lengths.max() <= limit
+    assert short.num_dropped.min() >= 1
+    stop = inputs.tables.samples["history_end"][100].as_py()
+    recent = short.facts(0, "test")
+    assert recent["history"] == list(range(stop - LENGTH + recent["dropped"], stop))
+    row = pq.read_table(inputs.root / "3_retrieval" / "retrieved.parquet").slice(100, 1).to_pylist()
+    scores = sorted(zip(row[0]["similarity"], row[0]["events"], strict=True), reverse=True)
+    similar = short.facts(1, "test")
+    best = [event for _, event in scores[: LENGTH - similar["dropped"]]]
+    assert similar["history"] == sorted(best)
+
+
+def test_high_and_low_show_the_retrieved_events_by_similarity(
+    inputs: Any, worker: ShardWorker
+) -> None:
+    orders = {
+        kind: worker.prompts(np.array([120]), np.array([n])).facts(0, "test")["history"]
+        for n, kind in enumerate(pool.VARIANTS)
+    }
+    row = pq.read_table(inputs.root / "3_retrieval" / "retrieved.parquet").slice(120, 1).to_pylist()
+    scores = sorted(zip(row[0]["similarity"], row[0]["events"], strict=True), reverse=True)
+    assert orders["high"] == [event for _, event in scores[:LENGTH]]
+    assert orders["low"] == orders["high"][::-1]
+    assert orders["retrieved"] == sorted(orders["high"])
+    assert orders["high"] != orders["retrieved"]
+
+
+def test_partition_in_batches_equals_the_partition_at_once(
+    inputs: Any, worker: ShardWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = tmp_path / "crm.safetensors"
+    write_scale(inputs.root / "4_crm", scale, np.arange(50))
+    rows = [(sample, kind) for sample in range(50, 61) for kind in pool.VARIANTS]
+    part = Partition("p", {"split": "train", "rows": rows})
+    mixed = inputs.settings(scale) | {"suffix_variant": True, "cuts": worker.builder.cuts}
+    once = process(ShardWorker(**mixed), part, tmp_path / "once", "k")
+    monkeypatch.setattr(write, "_ROWS_AT_ONCE", 7)
+    pieces = process(ShardWorker(**mixed), part, tmp_path / "pieces", "k")
+    assert once == pieces
+
+
+def test_shards_are_written_in_the_secure_mode_of_webdataset_only(
+    worker: ShardWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = Partition("p", {"split": "train", "rows": [(9, "recent")]})
+    monkeypatch.setenv("WDS_SECURE", "0")
+    with pytest.raises(ConfigError, match="WDS_SECURE"):
+        worker(part, tmp_path)
+    monkeypatch.delenv("WDS_SECURE")
+    monkeypatch.setattr(webdataset.utils, "enforce_security", False)
+    with pytest.raises(ConfigError, match="WDS_SECURE"):
+        worker(part, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Driver for `ray job submit`: the pipeline up to `--until`.
 
-    ray start --head ray job submit --working-dir . -- python ray_jobs/pipeline.py --recipe
-    ml100k_demo --until shards
+    ray job submit --working-dir . -- python ray_jobs/pipeline.py --recipe R --until shards
 
 Without a running cluster the same command starts a local one.
 """

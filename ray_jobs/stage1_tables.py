@@ -1,7 +1,6 @@
 """Driver for `ray job submit`: stage 1, tables, on committed inputs.
 
-ray job submit --working-dir . -- python ray_jobs/stage1_tables.py --recipe ml100k_demo --work-dir
-DIR
+ray job submit --working-dir . -- python ray_jobs/stage1_tables.py --recipe R --work-dir DIR
 """
 
 import driver

@@ -1,7 +1,6 @@
 """Driver for `ray job submit`: stage 2, embeddings, on committed inputs.
 
-ray job submit --working-dir . -- python ray_jobs/stage2_embeddings.py --recipe ml100k_demo
---work-dir DIR
+ray job submit --working-dir . -- python ray_jobs/stage2_embeddings.py --recipe R --work-dir DIR
 """
 
 import driver

@@ -1,7 +1,6 @@
 """Driver for `ray job submit`: stage 3, retrieval, on committed inputs.
 
-ray job submit --working-dir . -- python ray_jobs/stage3_retrieval.py --recipe ml100k_demo
---work-dir DIR
+ray job submit --working-dir . -- python ray_jobs/stage3_retrieval.py --recipe R --work-dir DIR
 """
 
 import driver

@@ -1,6 +1,6 @@
 """Driver for `ray job submit`: stage 4, crm, on committed inputs.
 
-ray job submit --working-dir . -- python ray_jobs/stage4_crm.py --recipe ml100k_demo --work-dir DIR
+ray job submit --working-dir . -- python ray_jobs/stage4_crm.py --recipe R --work-dir DIR
 """
 
 import driver

@@ -1,7 +1,6 @@
 """Driver for `ray job submit`: stage 5, shards, on committed inputs.
 
-ray job submit --working-dir . -- python ray_jobs/stage5_shards.py --recipe ml100k_demo --work-dir
-DIR
+ray job submit --working-dir . -- python ray_jobs/stage5_shards.py --recipe R --work-dir DIR
 """
 
 import driver

@@ -11,9 +11,12 @@ are reused.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -24,13 +27,14 @@ from rellax_ds.config import digest
 from rellax_ds.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
 STAGES = ("tables", "embeddings", "retrieval", "crm", "shards", "train", "predict", "report")
 """The eight stages in order; a stage's folder is its number and name."""
 
 MANIFEST = "manifest.json"
+_SPENT = ".spent.json"
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,7 @@ class StageRun:
         if manifest is None or manifest.key != self.key:
             return None
         folder = self.work.stage_dir(self.stage)
+        _delete_spent(folder)
         for name, facts in manifest.files.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != facts["bytes"]:
@@ -172,6 +177,43 @@ class StageRun:
             self._drop_others()
         return running
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the running folder: a second process with the same key waits for the first.
+
+        The lock is the folder's own, so it goes with the process that held it. When the wait is
+        over the other process may have committed: look at `committed` again. A file system without
+        locks on folders (NFS) leaves it to the partitions' own first-wins commit.
+        """
+        while True:
+            running = self.directory
+            running.mkdir(parents=True, exist_ok=True)
+            handle = os.open(running, os.O_RDONLY)
+            try:
+                self._lock(handle)
+                published = not running.exists() or not os.path.samestat(
+                    os.fstat(handle), running.stat()
+                )
+                if not published or self.committed() is not None:
+                    yield
+                    return
+            finally:
+                with contextlib.suppress(OSError):  # what the wait has made and nobody filled
+                    running.rmdir()
+                    running.parent.rmdir()
+                os.close(handle)
+
+    def _lock(self, handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            runtime.logger.info(
+                "%s: another process works in %s; waiting for it", self.stage, self.directory
+            )
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            runtime.logger.debug("%s: no locks on %s", self.stage, self.directory)
+
     def commit(self, counts: Mapping[str, Any]) -> Manifest:
         """Hash the files, write the manifest and publish the folder by rename.
 
@@ -185,7 +227,8 @@ class StageRun:
             ArtifactError: The running folder holds no file.
         """
         running, target = self.directory, self.work.stage_dir(self.stage)
-        paths = sorted(p for p in running.rglob("*") if p.is_file() and p.name != MANIFEST)
+        aside = {running / name for name in (*_spent(running), MANIFEST, _SPENT)}
+        paths = sorted(p for p in running.rglob("*") if p.is_file() and p not in aside)
         if not paths:
             raise ArtifactError(f"{running}: stage '{self.stage}' wrote no file; nothing to commit")
         files = {
@@ -214,7 +257,9 @@ class StageRun:
             target.rename(replaced)
         running.rename(target)
         fsync(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _delete_spent(target)
+        for old in running.parent.glob(f"replaced-{target.name}-*"):
+            shutil.rmtree(old, ignore_errors=True)
         self._drop_others()
         with contextlib.suppress(OSError):
             running.parent.rmdir()
@@ -223,9 +268,59 @@ class StageRun:
     def _drop_others(self) -> None:
         """Delete the running folders of this stage's attempts with another key."""
         running = self.directory
-        for other in running.parent.glob(f"{STAGES.index(self.stage) + 1}_{self.stage}-*"):
-            if other != running:
+        name = f"{STAGES.index(self.stage) + 1}_{self.stage}-*"
+        private = running.with_name(f".writing-{running.name}")  # see `partitions`
+        for other in (*running.parent.glob(name), *running.parent.glob(f".writing-{name}")):
+            if other not in {running, private}:
                 shutil.rmtree(other, ignore_errors=True)
+
+
+def set_aside(directory: Path, names: Iterable[str]) -> None:
+    """Name files of a running folder that are no part of the artefact; the commit deletes them."""
+    write_json(directory / _SPENT, sorted({*_spent(directory), *names}))
+
+
+def _spent(directory: Path) -> list[str]:
+    try:
+        names = json.loads((directory / _SPENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [str(name) for name in names]
+
+
+def _delete_spent(directory: Path) -> None:
+    """Delete what `set_aside` named; the list goes last, so that a kill in between is made good."""
+    names = _spent(directory)
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
+    if names:
+        (directory / _SPENT).unlink(missing_ok=True)
+
+
+def out_of_space(error: BaseException, folder: Path) -> ArtifactError | None:
+    """The one line to raise when `error` says that a disk or a quota is full, else None.
+
+    Libraries wrap the system's error in their own, some without its number; NumPy reports a short
+    write.
+    """
+    text = " ".join(str(error).split())
+    numbers = {
+        errno.ENOSPC: "no space left",
+        errno.EDQUOT: "quota used up",
+        errno.EFBIG: "file too large",
+    }
+    found = numbers.get(getattr(error, "errno", None) or 0)
+    if found is None:
+        found = next((f for n, f in numbers.items() if os.strerror(n) in text), None)
+    if found is None and re.fullmatch(r"\d+ requested and \d+ written", text):
+        found = "no space left"
+    if found is None:
+        return None
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    return ArtifactError(
+        f"{folder}: {found} ({free} bytes are free): {text}; make room and run the same command "
+        "again, what is committed is kept"
+    )
 
 
 def write_json(path: Path, value: object) -> None:

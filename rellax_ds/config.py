@@ -15,59 +15,17 @@ import hashlib
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from rellax_ds.data_config import DataConfig as DataConfig
 from rellax_ds.errors import ConfigError
+from rellax_ds.section import Fraction, PositiveFloat, PositiveInt, Section
 
 _MAX_RECIPE_BYTES = 1 << 20
 _MAX_DEPTH = 50
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class DataConfig(Section):
-    """Stage 1: which log, what counts as a like, and how time cuts it."""
-
-    dataset: Literal["movielens-100k"] = "movielens-100k"
-    path: Path | None = Field(
-        default=None,
-        description="Folder with the raw files; by default the named asset is resolved.",
-    )
-    label_threshold: float = Field(
-        default=3.0, description="A rating above this is a like (label 1)."
-    )
-    min_history: int = Field(
-        default=5,
-        ge=1,
-        description="A user's first events, which are history only and never a target.",
-    )
-    split: tuple[Fraction, Fraction, Fraction] = Field(
-        default=(0.8, 0.1, 0.1), description="Shares of the samples by time."
-    )
-    strict_time: bool = Field(
-        default=False, description="Leave events of the target's own second out of its history."
-    )
-    freeze_history: bool = Field(
-        default=False, description="End every history at the last training event."
-    )
-
-    @field_validator("split")
-    @classmethod
-    def _split_sums_to_one(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
-        if abs(sum(value) - 1.0) > 1e-9 or min(value) <= 0:
-            raise ValueError("the three shares must be positive and sum to 1")
-        return value
 
 
 class EmbeddingsConfig(Section):
@@ -95,7 +53,10 @@ class RetrievalConfig(Section):
 
     num_retrieved: PositiveInt = Field(default=30, description="K, events kept for a sample.")
     partition_rows: PositiveInt = Field(
-        default=16384, description="Samples in one partition of work."
+        default=65536, description="Samples in one partition of work, on average."
+    )
+    device: Literal["cpu", "cuda"] = Field(
+        default="cpu", description="Where the search runs; the result is the same."
     )
     heterogeneity_at: tuple[PositiveInt, ...] = Field(
         default=(5, 10, 15, 20, 25, 30), description="K at which it is reported."
@@ -391,13 +352,15 @@ def parse_recipe(
 
 def recipe_keys() -> list[str]:
     """Every dotted key a recipe may hold."""
+    return _keys_of(Recipe, "")
+
+
+def _keys_of(section: type[Section], prefix: str) -> list[str]:
     keys: list[str] = []
-    for name, field in Recipe.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            keys += [f"{name}.{key}" for key in kind.model_fields]
-        else:
-            keys.append(name)
+    for name, field in section.model_fields.items():
+        kinds = (field.annotation, *get_args(field.annotation))
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+        keys += _keys_of(inner[0], f"{prefix}{name}.") if inner else [prefix + name]
     return keys
 
 

@@ -8,7 +8,7 @@ row numbers, never a list per row.
     users    one row a user, row number = `user`; `event_start:event_end` is the user's range of
     `events` items    one row an item, row number = `item` events   one row an event, sorted by
     (user, time, item); row number = the event's id samples  one row a (user, target) pair, in
-    global time order; row number = the sample's id
+    global time order, or user by user when users are split; row number = the sample's id
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ EVENTS = {
     "label": pa.int8(),
     "time": pa.int64(),
 }
-"""Columns of `events`; `time` is in seconds, `label` is 1 for a like."""
+"""Columns of `events`; `time` is in seconds (in a log without times a position in the user's own
+order), `label` is 1 for a like.
+"""
 
 SAMPLES = {
     "event": pa.int64(),

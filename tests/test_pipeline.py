@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,6 +121,15 @@ def test_ray_job_commits_the_data_path(submitted: WorkDir) -> None:
     for stage in DATA_PATH:
         assert submitted.require(stage).files, stage
     assert not (submitted.root / ".running").exists()
+
+
+@pytest.mark.parametrize("token", [None, "f" * 64])
+def test_jobs_api_without_the_clusters_token_is_refused(head: str, token: str | None) -> None:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(f"{head}/api/jobs/", headers=headers)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=30)
+    assert refused.value.code in {401, 403}
 
 
 def test_data_path_without_a_cluster_gives_the_same_bytes(

@@ -14,7 +14,7 @@ import numpy as np
 from rellax_ds import schema
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import pyarrow as pa
     from numpy.typing import NDArray
@@ -26,46 +26,58 @@ def heterogeneity(
     items: pa.Table,
     events: pa.Table,
     samples: pa.Table,
-    retrieved: pa.Table,
+    retrieved: Iterable[pa.Table],
     at: Sequence[int],
     split: str = "test",
 ) -> dict[str, dict[str, float]]:
     """Mean number of distinct first genres in the recent and in the retrieved K, over a split.
 
     Args:
-        items: The item table; first genre in `genre`.
-        events: The event table.
-        samples: The sample table.
-        retrieved: Stage 3's table, row = sample id.
+        items: The item table's column `genre`, the first genre.
+        events: The event table's column `item`.
+        samples: The sample table's columns `split`, `history_start` and `history_end`.
+        retrieved: Stage 3's table in consecutive pieces, the first beginning with sample 0.
         at: Values of K; the retrieved K are the K most similar of those kept, ties to the later.
         split: Name of the split.
 
     Returns:
         `{"recent": {K: mean}, "retrieved": {K: mean}}` with K as text.
     """
-    chosen = np.flatnonzero(samples.column("split").to_numpy() == schema.SPLITS.index(split))
+    chosen = samples.column("split").to_numpy() == schema.SPLITS.index(split)
+    start = samples.column("history_start").to_numpy()
+    end = samples.column("history_end").to_numpy()
     codes = items.column("genre").combine_chunks().dictionary_encode().indices.to_numpy()
-    genre = codes.astype(np.int64)[events.column("item").to_numpy()]
-    start = samples.column("history_start").to_numpy()[chosen]
-    end = samples.column("history_end").to_numpy()[chosen]
+    genre = codes[events.column("item").to_numpy()].astype(np.int64)
+    totals = {kind: dict.fromkeys(at, 0) for kind in ("recent", "retrieved")}
+    first = 0
+    for piece in retrieved:
+        rows = first + np.flatnonzero(chosen[first : first + piece.num_rows])
+        top = _Ranked(piece.take(rows - first))
+        for k in at:
+            recent = _ranges(np.maximum(start[rows], end[rows] - k), end[rows])
+            totals["recent"][k] += _distinct(*recent, genre)
+            totals["retrieved"][k] += _distinct(*top.best(k), genre)
+        first += piece.num_rows
+    count = max(int(chosen.sum()), 1)
+    return {kind: {str(k): total / count for k, total in of.items()} for kind, of in totals.items()}
 
-    lists = retrieved.take(chosen)
-    offsets = lists.column("events").combine_chunks().offsets.to_numpy()
-    counts = np.diff(offsets)
-    row = np.repeat(np.arange(chosen.size), counts)
-    event = lists.column("events").combine_chunks().flatten().to_numpy()
-    similarity = lists.column("similarity").combine_chunks().flatten().to_numpy()
-    by_rank = np.lexsort((-event, -similarity, row))
-    rank = np.arange(row.size) - np.repeat(np.cumsum(counts) - counts, counts)
 
-    result: dict[str, dict[str, float]] = {"recent": {}, "retrieved": {}}
-    for k in at:
-        first = np.maximum(start, end - k)
-        recent_row, recent_event = _ranges(first, end)
-        result["recent"][str(k)] = _distinct(recent_row, genre[recent_event], chosen.size)
-        top = by_rank[rank < k]
-        result["retrieved"][str(k)] = _distinct(row[top], genre[event[top]], chosen.size)
-    return result
+class _Ranked:
+    """Retrieved lists in the order of similarity."""
+
+    def __init__(self, lists: pa.Table) -> None:
+        counts = np.diff(lists.column("events").combine_chunks().offsets.to_numpy())
+        row = np.repeat(np.arange(lists.num_rows), counts)
+        event = lists.column("events").combine_chunks().flatten().to_numpy()
+        similarity = lists.column("similarity").combine_chunks().flatten().to_numpy()
+        order = np.lexsort((-event, -similarity, row))
+        self._row, self._event = row[order], event[order]
+        self._rank = np.arange(row.size) - np.repeat(np.cumsum(counts) - counts, counts)
+
+    def best(self, k: int) -> tuple[Ints, Ints]:
+        """List and event of the K most similar of every list."""
+        kept = self._rank < k
+        return self._row[kept], self._event[kept]
 
 
 def _ranges(first: Ints, end: Ints) -> tuple[Ints, Ints]:
@@ -76,7 +88,7 @@ def _ranges(first: Ints, end: Ints) -> tuple[Ints, Ints]:
     return row, first[row] + within
 
 
-def _distinct(row: Ints, genre: Ints, num_rows: int) -> float:
-    """Mean over rows of the number of distinct genres."""
-    pairs = np.unique(row * (int(genre.max(initial=0)) + 1) + genre)
-    return pairs.size / max(num_rows, 1)
+def _distinct(row: Ints, event: Ints, genre: Ints) -> int:
+    """Number of distinct (row, genre) pairs."""
+    of_event = genre[event]
+    return int(np.unique(row * (int(of_event.max(initial=0)) + 1) + of_event).size)

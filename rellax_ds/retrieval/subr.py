@@ -1,108 +1,82 @@
 """Exact causal top-K: for every sample, the earlier events of its user most like the target item.
 
-Work is blocked by user: target vectors against history vectors is one matrix product, and the
-causal mask, the selection and the order of time are operations on its rows. Nothing is of size
-events x events.
-
-Results are the same to the last bit for any partition, block or machine. Floating-point products
-are not: their rounding depends on the block's shape. So unit vectors are rounded to integers of at
-most 2^26 and multiplied in float64: by Cauchy-Schwarz every partial sum stays below 2^53, every
-operation is exact, and the order of summation cannot matter. The rounding moves a cosine by less
-than float32 arithmetic does.
+Work lies in event order, by user and then by prefix, so a history is a slice and nothing is of size
+events x events. Similarities come from the cache of popular items or, for a user with rarer ones,
+from matrix products over blocks of a user's targets and their longest prefix. Both are exact (see
+`similarity`), so the result is the same for any partition, block or number of threads. Of equal
+similarities the later events win.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import polars as pl
-import pyarrow as pa
 import torch
 
-from rellax_ds import schema
-from rellax_ds.tables import write_parquet
+from rellax_ds.retrieval.selection import select_cached, select_mixed
+from rellax_ds.retrieval.similarity import SimilarityCache, cosine
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
     from numpy.typing import NDArray
-
-    from rellax_ds.partitions import Partition
 
     Floats = NDArray[np.float32]
     Ints = NDArray[np.int64]
 
-_SCALE = float(2**26)
-_BLOCK_ELEMENTS = 1 << 21
-_TILE_ROWS = 1 << 12
+_BLOCK_ROWS = 128
+_PIECES_PER_THREAD = 4
+SAMPLE_COST = 64
+"""What choosing costs beside the scoring, in scored pairs."""
 
 
-class Retriever:
-    """Partition worker: retrieves for a range of samples.
+@dataclass(frozen=True)
+class _Work:
+    """Samples with places in the output; what every block of the search shares.
 
-    Writes `PARTITION.parquet` with the columns of `schema.RETRIEVED`.
+    Attributes:
+        vectors: Quantised item vectors, float64 [num_items, d].
+        cache: Similarities of popular items.
+        item: int32 [num_events], item of every event.
+        code: uint16 [num_events], column of the event's item in the cache, 0 for a rare one.
+        rare: int64 [num_events + 1], how many events before each row are of items not cached.
+        target: int64 [n], item of every sample.
+        start: int64 [n].
+        end: int64 [n].
+        place: int64 [n], first entry of the sample in `events`.
+        k: K.
+        events: int64, the result.
+        similarity: float32, their similarities.
     """
 
-    def __init__(
-        self, *, events_path: str, samples_path: str, vectors_path: str, num_retrieved: int
-    ) -> None:
-        """Read what every partition needs: the events' items and the item vectors.
-
-        Args:
-            events_path: The event table, Parquet.
-            samples_path: The sample table, Parquet.
-            vectors_path: Float32 [num_items, d], unit rows, npy.
-            num_retrieved: K.
-        """
-        torch.set_num_threads(1)
-        self._event_item = _column(pl.read_parquet(events_path, columns=["item"]), "item")
-        self._samples_path = samples_path
-        self._vectors = quantise(np.load(vectors_path))
-        self._num_retrieved = num_retrieved
-
-    def __call__(self, partition: Partition, directory: Path) -> dict[str, Any]:
-        """Retrieve for samples `start:stop`."""
-        start, stop = partition.payload["start"], partition.payload["stop"]
-        samples = (
-            pl.scan_parquet(self._samples_path)
-            .select("item", "history_start", "history_end")
-            .slice(start, stop - start)
-            .collect()
-        )
-        offsets, events, similarity = retrieve(
-            self._vectors,
-            self._event_item,
-            _column(samples, "item"),
-            _column(samples, "history_start"),
-            _column(samples, "history_end"),
-            self._num_retrieved,
-        )
-        table = pa.table(
-            [
-                pa.array(np.arange(start, stop)),
-                pa.LargeListArray.from_arrays(offsets, events),
-                pa.LargeListArray.from_arrays(offsets, similarity),
-            ],
-            schema=pa.schema(list(schema.RETRIEVED.items())),
-        )
-        write_parquet(table, directory / f"{partition.name}.parquet")
-        return {"samples": stop - start, "events": int(events.size)}
-
-
-def quantise(vectors: Floats) -> torch.Tensor:
-    """Unit vectors as whole numbers in float64, whose products `retrieve` forms exactly."""
-    return torch.from_numpy(np.rint(vectors.astype(np.float64) * _SCALE))
+    vectors: torch.Tensor
+    cache: SimilarityCache
+    item: NDArray[np.integer]
+    code: NDArray[np.uint16]
+    rare: Ints
+    target: Ints
+    start: Ints
+    end: Ints
+    place: Ints
+    k: int
+    events: Ints
+    similarity: Floats
 
 
 def retrieve(
     vectors: torch.Tensor,
-    event_item: Ints,
-    target_item: Ints,
+    event_item: NDArray[np.integer],
+    target_item: NDArray[np.integer],
     history_start: Ints,
     history_end: Ints,
     num_retrieved: int,
+    *,
+    cache: SimilarityCache | None = None,
+    num_threads: int = 1,
 ) -> tuple[Ints, Ints, Floats]:
     """The K events of each history whose items are most similar to the target.
 
@@ -116,80 +90,123 @@ def retrieve(
             user.
         history_end: End (exclusive) of that history, [n].
         num_retrieved: K.
+        cache: Similarities of popular items; by default made for these samples.
+        num_threads: Threads that select side by side.
 
     Returns:
         Offsets [n + 1], event rows in chronological order, and their cosine similarity; the events
         of sample i are `offsets[i]:offsets[i + 1]`.
     """
-    found: list[tuple[Ints, Ints, Floats]] = []
-    order = np.lexsort((history_end, history_start))
-    starts = history_start[order]
-    bounds = np.flatnonzero(np.diff(starts, prepend=-1, append=-1))
-    for lower, upper in itertools.pairwise(bounds):
-        rows, ends = order[lower:upper], history_end[order[lower:upper]]
-        for first, last in _blocks(ends - starts[lower]):
-            stop = ends[last - 1]
-            block = rows[first:last]
-            history = event_item[starts[lower] : stop]
-            similarity = _similarity(vectors, target_item[block], history)
-            row, column, value = _select(
-                similarity, torch.from_numpy(ends[first:last] - starts[lower]), num_retrieved
-            )
-            found.append((block[row], starts[lower] + column, value))
-    if not found:
-        return np.zeros(target_item.size + 1, np.int64), np.zeros(0, np.int64), np.zeros(0, "f4")
-    sample, events, similarity_found = (np.concatenate(part) for part in zip(*found, strict=True))
-    # Stable: the events of a sample come from one block, in chronological order.
-    by_sample = np.argsort(sample, kind="stable")
+    length = history_end - history_start
+    if cache is None:
+        cache = SimilarityCache.build(vectors, event_item, int(length.sum()))
     offsets = np.zeros(target_item.size + 1, np.int64)
-    np.cumsum(np.bincount(sample, minlength=target_item.size), out=offsets[1:])
-    return offsets, events[by_sample], similarity_found[by_sample]
+    np.cumsum(np.minimum(length, num_retrieved), out=offsets[1:])
+    place_of_event = cache.place[event_item]
+    rare = np.zeros(event_item.size + 1, np.int64)
+    np.cumsum(place_of_event < 0, out=rare[1:])
+    work = _Work(
+        vectors=vectors,
+        cache=cache,
+        item=event_item,
+        code=np.maximum(place_of_event, 0).astype(np.uint16),
+        rare=rare,
+        target=target_item.astype(np.int64),
+        start=history_start,
+        end=history_end,
+        place=offsets[:-1],
+        k=num_retrieved,
+        events=np.empty(offsets[-1], np.int64),
+        similarity=np.empty(offsets[-1], np.float32),
+    )
+    mixed = (cache.place[work.target] < 0) | (rare[history_end] > rare[history_start])
+    cached = np.flatnonzero(~mixed)
+    rows_of_cache = cache.place[work.target[cached]].astype(np.uint16)
+    cached = cached[np.argsort(rows_of_cache, kind="stable")]
+    jobs = [(_search_cached, rows) for rows in _share(cached, length[cached], num_threads)]
+    jobs += [(_search_mixed, rows) for rows in _users(work, np.flatnonzero(mixed), num_threads)]
+    _run(jobs, work, num_threads)
+    return offsets, work.events, work.similarity
 
 
-def _blocks(lengths: Ints) -> list[tuple[int, int]]:
-    """Cut a user's samples, ordered by history length, so that rows x longest history is
-    bounded.
-    """
-    blocks, first = [], 0
-    while first < lengths.size:
-        # The longest history of a block is its last one.
-        fits = np.arange(1, lengths.size - first + 1) * lengths[first:] <= _BLOCK_ELEMENTS
-        last = first + max(1, int(np.count_nonzero(fits)))
-        blocks.append((first, last))
-        first = last
-    return blocks
+def _run(jobs: list[tuple[Callable[..., None], Ints]], work: _Work, num_threads: int) -> None:
+    if num_threads == 1:
+        for job, rows in jobs:
+            job(work, rows)
+        return
+    with ThreadPoolExecutor(num_threads) as pool:
+        for future in [pool.submit(job, work, rows) for job, rows in jobs]:
+            future.result()
 
 
-def _similarity(vectors: torch.Tensor, targets: Ints, history: Ints) -> torch.Tensor:
-    """Exact scaled cosine, float64 [targets, history]; gathers history vectors a tile at a time."""
-    queries = vectors[torch.from_numpy(targets)]
-    similarity = torch.empty(targets.size, history.size, dtype=torch.float64)
-    for first in range(0, history.size, _TILE_ROWS):
-        tile = torch.from_numpy(history[first : first + _TILE_ROWS])
-        similarity[:, first : first + _TILE_ROWS] = queries @ vectors[tile].T
-    return similarity
+def _share(rows: Ints, length: Ints, num_threads: int) -> list[Ints]:
+    """Cut rows into pieces of about equal cost."""
+    pieces = num_threads * _PIECES_PER_THREAD if num_threads > 1 else 1
+    cost = np.cumsum(length + SAMPLE_COST)
+    total = int(cost[-1]) if cost.size else 0
+    cuts = np.searchsorted(cost, total * np.arange(1, pieces) / pieces)
+    return [piece for piece in np.split(rows, cuts) if piece.size]
 
 
-def _select(
-    similarity: torch.Tensor, lengths: torch.Tensor, num_retrieved: int
-) -> tuple[Ints, Ints, Floats]:
-    """Row, column and cosine of the K largest entries per row among its first `lengths` columns."""
-    columns = torch.arange(similarity.shape[1])
-    visible = columns < lengths[:, None]
-    similarity = similarity.masked_fill(~visible, -torch.inf)
-    kept = visible
-    if similarity.shape[1] > num_retrieved:
-        threshold = similarity.topk(num_retrieved, dim=1).values[:, -1:]
-        above = similarity > threshold
-        level = similarity == threshold
-        room = num_retrieved - above.sum(dim=1, keepdim=True)
-        from_latest = level.sum(dim=1, keepdim=True) - level.cumsum(dim=1)
-        kept = visible & (above | (level & (from_latest < room)))
-    row, column = kept.nonzero(as_tuple=True)
-    cosine = (similarity[row, column] / _SCALE**2).to(torch.float32)
-    return row.numpy(), column.numpy(), cosine.numpy()
+def _users(work: _Work, rows: Ints, num_threads: int) -> list[Ints]:
+    """The same for samples that are searched user by user: no user is cut."""
+    order = rows[np.lexsort((work.end[rows], work.start[rows]))]
+    pieces = _share(order, work.end[order] - work.start[order], num_threads)
+    owner = work.start[order]
+    bounds = np.searchsorted(owner, [work.start[piece[0]] for piece in pieces[1:]])
+    return [piece for piece in np.split(order, bounds) if piece.size]
 
 
-def _column(frame: pl.DataFrame, name: str) -> Ints:
-    values: Ints = frame[name].cast(pl.Int64).to_numpy(writable=True)
-    return values
+def _search_cached(work: _Work, rows: Ints) -> None:
+    select_cached(
+        work.cache.cosine.view(np.int32),
+        work.code,
+        work.cache.place[work.target[rows]],
+        work.start[rows],
+        work.end[rows],
+        work.place[rows],
+        work.k,
+        work.events,
+        work.similarity.view(np.int32),
+    )
+
+
+def _search_mixed(work: _Work, rows: Ints) -> None:
+    """Search samples in (user, prefix) order, a user at a time."""
+    bounds = np.flatnonzero(np.diff(work.start[rows], prepend=-1, append=-1))
+    for lower, upper in itertools.pairwise(bounds):
+        _search_user(work, rows[lower:upper])
+
+
+def _search_user(work: _Work, rows: Ints) -> None:
+    """Search one user's samples, ordered by prefix, in blocks of bounded size."""
+    start, longest = int(work.start[rows[0]]), int(work.end[rows[-1]])
+    history = work.vectors[torch.from_numpy(work.item[start:longest].astype(np.int64))]
+    for first in range(0, rows.size, _BLOCK_ROWS):
+        _search_block(work, rows[first : first + _BLOCK_ROWS], start, history)
+
+
+def _search_block(work: _Work, rows: Ints, start: int, history: torch.Tensor) -> None:
+    """Multiply what the cache lacks, targets or behaviours, and select."""
+    end = int(work.end[rows[-1]])
+    row = work.cache.place[work.target[rows]]
+    targets = work.vectors[torch.from_numpy(work.target[rows])]
+    rare = np.flatnonzero(np.diff(work.rare[start : end + 1]))
+    cached = row >= 0
+    direct = cosine(targets[torch.from_numpy(~cached)], history[: end - start])
+    patch = cosine(targets[torch.from_numpy(cached)], history[torch.from_numpy(rare)])
+    select_mixed(
+        work.cache.cosine.view(np.int32),
+        work.code,
+        row,
+        start,
+        work.end[rows],
+        work.place[rows],
+        work.k,
+        work.events,
+        work.similarity.view(np.int32),
+        np.where(cached, np.cumsum(cached), np.cumsum(~cached)) - 1,
+        direct.view(np.int32),
+        start + rare,
+        patch.view(np.int32),
+    )

@@ -2,73 +2,89 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rellax_ds import runtime, schema
+from rellax_ds import runtime
 from rellax_ds.artifacts import write_json
-from rellax_ds.partitions import PartitionRecord, drop_records, run_partitions, split_rows
+from rellax_ds.partitions import drop_records, run_partitions
 from rellax_ds.retrieval.heterogeneity import heterogeneity
-from rellax_ds.retrieval.subr import Retriever
+from rellax_ds.retrieval.partition import Retriever, cut, merge, prepare
 from rellax_ds.stages.stage import Stage, StageContext
-from rellax_ds.tables import read_parquet, read_tables
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+COLUMNS = "columns"
+"""Folder of the arrays that workers map; gone from the artefact."""
 
 
 def build(context: StageContext) -> dict[str, Any]:
-    """Retrieve on Ray, merge the parts in order and measure the heterogeneity."""
+    """Retrieve on Ray, merge the parts and measure the heterogeneity."""
     settings = context.recipe.retrieval
-    folder = context.input("tables")
-    tables = read_tables(folder)
+    tables, columns = context.input("tables"), context.directory / COLUMNS
+    vectors = context.input("embeddings") / "item_vectors.npy"
+    prepare(tables, vectors, columns)
     records = run_partitions(
         "retrieval",
-        split_rows(tables.samples.num_rows, settings.partition_rows),
+        cut(columns, settings.partition_rows),
         Retriever,
         {
-            "events_path": str(folder / "events.parquet"),
-            "samples_path": str(folder / "samples.parquet"),
-            "vectors_path": str(context.input("embeddings") / "item_vectors.npy"),
+            "columns": str(columns),
+            "vectors_path": str(vectors),
             "num_retrieved": settings.num_retrieved,
+            "device": settings.device,
         },
         context.directory,
         context.key,
+        num_gpus=1.0 if settings.device == "cuda" else 0.0,
     )
     path = context.directory / "retrieved.parquet"
-    merge(records, context.directory, path)
-    drop_records(context.directory, records, files=True)
-
-    retrieved = read_parquet(path, schema.RETRIEVED)
+    num_samples = pq.read_metadata(tables / "samples.parquet").num_rows
+    merge([context.directory / f"{record.name}.parquet" for record in records], path, num_samples)
     at = [k for k in settings.heterogeneity_at if k <= settings.num_retrieved]
-    figures = heterogeneity(tables.items, tables.events, tables.samples, retrieved, at)
+    figures = measure(tables, path, at)
     write_json(context.directory / "heterogeneity.json", figures)
-    runtime.logger.info("retrieval: mean distinct first genres in the K events of test samples")
-    runtime.logger.info("  %-9s %s", "K", "".join(f"{k:>7d}" for k in at))
-    for name, row in figures.items():
-        runtime.logger.info("  %-9s %s", name, "".join(f"{value:7.2f}" for value in row.values()))
+    _log(at, figures)
+    drop_records(context.directory, records, files=True)
+    shutil.rmtree(columns)
     return {
-        "samples": retrieved.num_rows,
+        "samples": num_samples,
         "events": sum(record.counts["events"] for record in records),
         "heterogeneity": figures,
     }
 
 
-def merge(records: Sequence[PartitionRecord], directory: Path, path: Path) -> None:
-    """Join the parts in order into one file, one part in memory at a time."""
-    with pq.ParquetWriter(path, _ARROW_SCHEMA, compression="zstd") as writer:
-        for record in records:
-            writer.write_table(pq.read_table(directory / f"{record.name}.parquet"))
+def measure(tables: Path, retrieved: Path, at: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Heterogeneity of the test samples, one row group of the retrieved lists in memory at a
+    time.
+    """
+    wanted = {
+        "items": ["genre"],
+        "events": ["item"],
+        "samples": ["split", "history_start", "history_end"],
+    }
+    read = {
+        name: pq.read_table(tables / f"{name}.parquet", columns=c) for name, c in wanted.items()
+    }
+    file = pq.ParquetFile(retrieved)
+    pieces = (file.read_row_group(n) for n in range(file.num_row_groups))
+    return heterogeneity(read["items"], read["events"], read["samples"], pieces, at)
 
 
-_ARROW_SCHEMA = pa.schema(list(schema.RETRIEVED.items()))
+def _log(at: Sequence[int], figures: Mapping[str, Mapping[str, float]]) -> None:
+    runtime.logger.info("retrieval: mean distinct first genres in the K events of test samples")
+    runtime.logger.info("  %-9s %s", "K", "".join(f"{k:>7d}" for k in at))
+    for name, row in figures.items():
+        runtime.logger.info("  %-9s %s", name, "".join(f"{value:7.2f}" for value in row.values()))
+
 
 STAGE = Stage(
     name="retrieval",
-    version=1,
+    version=2,
     sections=("retrieval",),
     inputs=lambda _recipe: ("tables", "embeddings"),
     build=build,

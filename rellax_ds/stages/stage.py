@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rellax_ds import runtime
+from rellax_ds.artifacts import out_of_space
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,8 +88,14 @@ class Stage:
         if changes:
             runtime.logger.info("%s: runs again because %s changed", self.name, ", ".join(changes))
         directory = attempt.begin()
-        counts = self.build(StageContext(recipe, work, directory, attempt.key))
-        manifest = attempt.commit(counts)
+        try:
+            with attempt.alone():
+                manifest = attempt.committed()  # by whoever worked here before us
+                if manifest is None:
+                    counts = self.build(StageContext(recipe, work, directory, attempt.key))
+                    manifest = attempt.commit(counts)
+        except OSError as error:
+            raise out_of_space(error, directory) or error from None
         runtime.logger.info(
             "%s: committed %s in %.1f s", self.name, work.stage_dir(self.name), manifest.seconds
         )

@@ -1,7 +1,7 @@
 """Stage 1's room: raw files become the four canonical tables.
 
-A reader per data set turns its files into a `RawLog` with integer ids; `split` turns any `RawLog`
-into `Tables`. Nothing behind this boundary knows where the rows came from.
+A reader per data set turns its files into a `RawLog` with the data set's own ids; `split` turns any
+`RawLog` into `Tables`. Nothing behind this boundary knows where the rows came from.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ _ROW_GROUP = 1 << 17
 
 @dataclass(frozen=True)
 class RawLog:
-    """A checked event log, still with the data set's own integer ids.
+    """A checked event log, still with the data set's own ids, integers or strings.
 
     Attributes:
-        users: `user_id` (int64, unique) and profile fields as strings.
-        items: `item_id` (int64, unique), `title`, `genre` and further text fields as strings.
-        events: `user_id`, `item_id`, `rating` (float32) and `time` (int64 seconds), any order; no
-            (user, item, time) occurs twice.
+        users: `user_id` (int64 or string, unique) and profile fields as strings.
+        items: `item_id` (int64 or string, unique), `title`, `genre` and further text fields as
+            strings.
+        events: `user_id`, `item_id`, `rating` (float32) and `time` (int64 seconds; without times, a
+            position in the user's own order), in file order; every id is known to `users` and
+            `items`, and no (user, item, time) occurs twice.
     """
 
     users: pl.DataFrame

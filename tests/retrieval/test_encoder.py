@@ -16,15 +16,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rellax_ds import assets
 from rellax_ds.errors import AssetError
 from rellax_ds.partitions import process, split_rows
+from rellax_ds.retrieval import item_text
 from rellax_ds.retrieval.encoder import (
     ItemEncoder,
+    batches,
     check_encoder,
     distinct_texts,
     finish_vectors,
 )
-from rellax_ds.tables import write_parquet
+from rellax_ds.retrieval.text_vectors import write_texts
 from rellax_ds.testing import made_tables
 
 TEMPLATE = "Movie: {title}. Genre: {genre}."
@@ -78,19 +81,18 @@ def llama(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def items_path(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("items")
-    path = folder / "items.parquet"
-    write_parquet(made_tables(folder).items, path)
-    return path
+def texts(tmp_path_factory):
+    items = made_tables(tmp_path_factory.mktemp("items")).items
+    return distinct_texts(item_text.render(items, TEMPLATE))[0]
 
 
 @pytest.fixture
-def make(items_path):
+def make(texts, tmp_path):
+    write_texts(tmp_path / "texts.arrow", texts)
+
     def make(model, batch_size=4, max_tokens=64):
         return ItemEncoder(
-            items_path=str(items_path),
-            template=TEMPLATE,
+            texts_path=str(tmp_path / "texts.arrow"),
             model=str(model),
             batch_size=batch_size,
             max_tokens=max_tokens,
@@ -101,12 +103,19 @@ def make(items_path):
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_encode_batch_size_and_padding_do_not_matter(kind, make, request):
+def test_encode_batch_size_and_neighbours_do_not_move_a_bit(kind, make, request, texts):
     model = request.getfixturevalue(kind)
-    texts = ["abc", "abcdefghijkl", "z", "some words 123", "abc"]
-    alone, together = (make(model, batch_size=size).encode(texts) for size in (1, 5))
-    np.testing.assert_allclose(alone, together, atol=1e-6)
+    mixed = ["abc", "abcdefghijkl", "z", "some words 123", *texts]
+    alone, together = (make(model, batch_size=size).encode(mixed) for size in (1, 64))
+    some = make(model, batch_size=7).encode(mixed[::-3])
+    assert (alone == together).all()
+    assert (some == together[::-3]).all()
     assert np.abs(alone).max() > 0.1
+
+
+def test_batches_hold_equal_lengths_without_padding():
+    lengths = np.array([3, 1, 3, 0, 2, 3, 1])
+    assert [rows.tolist() for rows in batches(lengths, 2)] == [[1, 6], [4], [0, 2], [5]]
 
 
 def test_encode_causal_model_is_the_mean_of_the_normed_last_states(make, llama):
@@ -144,15 +153,25 @@ def test_encode_text_without_tokens_is_zero(make, llama):
     assert vectors[1].any()
 
 
-def test_partitions_of_any_size_give_the_same_vectors(make, bert, tmp_path):
+def test_partitions_of_any_size_give_the_same_bytes(make, bert, texts, tmp_path):
     encoder = make(bert)
-    whole = encoder.encode(encoder._texts)
+    whole = encoder.encode(texts)
     for rows in (7, 60):
-        parts = split_rows(len(encoder._texts), rows)
+        out, parts = tmp_path / str(rows), split_rows(len(texts), rows)
         for part in parts:
-            process(encoder, part, tmp_path, "key")
-        found = np.concatenate([np.load(tmp_path / f"{part.name}.npy") for part in parts])
-        np.testing.assert_allclose(found, whole, atol=1e-6)
+            process(encoder, part, out, "key")
+        found = np.concatenate([np.load(out / f"{part.name}.npy") for part in parts])
+        assert (found == whole).all()
+
+
+@pytest.mark.assets
+def test_encode_real_model_gives_the_same_bits_in_any_batch(make, texts):
+    try:
+        model = assets.resolve_model("all-minilm-l6-v2").reference
+    except AssetError:
+        pytest.skip("all-minilm-l6-v2 is not fetched")
+    alone, together = (make(model, batch_size=size).encode(texts) for size in (1, 64))
+    assert (alone == together).all()
 
 
 def test_check_encoder_folder_without_a_model_is_refused(tmp_path):

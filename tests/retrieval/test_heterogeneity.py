@@ -1,5 +1,7 @@
 """Heterogeneity against a plain loop, and against the published figures of the real data."""
 
+import itertools
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -11,7 +13,8 @@ from rellax_ds.retrieval import subr
 from rellax_ds.retrieval.encoder import ItemEncoder, distinct_texts, finish_vectors
 from rellax_ds.retrieval.heterogeneity import heterogeneity
 from rellax_ds.retrieval.item_text import render
-from rellax_ds.tables import movielens, write_parquet
+from rellax_ds.retrieval.similarity import quantise
+from rellax_ds.tables import movielens
 from rellax_ds.tables.split import build_tables
 from rellax_ds.testing import made_tables
 
@@ -26,7 +29,7 @@ def retrieve(tables, vectors, k):
         for name in ("item", "history_start", "history_end")
     )
     offsets, events, similarity = subr.retrieve(
-        subr.quantise(vectors), tables.events["item"].to_numpy().astype(np.int64), *columns, k
+        quantise(vectors), tables.events["item"].to_numpy().astype(np.int64), *columns, k
     )
     return pa.table(
         [
@@ -36,6 +39,12 @@ def retrieve(tables, vectors, k):
         ],
         schema=pa.schema(list(schema.RETRIEVED.items())),
     )
+
+
+def pieces(table):
+    """The table in pieces of uneven size."""
+    cuts = [0, 3, 20, table.num_rows]
+    return (table.slice(a, b - a) for a, b in itertools.pairwise(cuts))
 
 
 @pytest.mark.parametrize("freeze_history", [False, True])
@@ -51,7 +60,7 @@ def test_heterogeneity_equals_a_plain_loop(tmp_path, freeze_history):
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     vectors[10:20] = vectors[20:30]
     found = heterogeneity(
-        tables.items, tables.events, tables.samples, retrieve(tables, vectors, 8), (1, 3, 8)
+        tables.items, tables.events, tables.samples, pieces(retrieve(tables, vectors, 8)), (1, 3, 8)
     )
 
     genre = np.array(tables.items["genre"].to_pylist())[tables.events["item"].to_numpy()]
@@ -87,10 +96,8 @@ def test_heterogeneity_movielens_100k_meets_the_published_figures(real_tables, t
     except AssetError as error:
         pytest.skip(str(error))
     settings = EmbeddingsConfig()
-    write_parquet(real_tables.items, tmp_path / "items.parquet")
     encoder = ItemEncoder(
-        items_path=str(tmp_path / "items.parquet"),
-        template=settings.text,
+        texts_path=str(tmp_path / "texts.arrow"),
         model=model,
         batch_size=settings.batch_size,
         max_tokens=settings.max_tokens,
@@ -104,7 +111,7 @@ def test_heterogeneity_movielens_100k_meets_the_published_figures(real_tables, t
             real_tables.items,
             real_tables.events,
             real_tables.samples,
-            retrieve(real_tables, vectors, max(AT)),
+            [retrieve(real_tables, vectors, max(AT))],
             AT,
         )
         return (np.array(list(found[name].values())) for name in ("recent", "retrieved"))

@@ -3,6 +3,7 @@ published figures of the real data.
 """
 
 import hashlib
+import random
 
 import numpy as np
 import polars as pl
@@ -150,6 +151,99 @@ def test_build_tables_split_sizes_round_down_and_the_rest_is_test():
     rows += [(10, item, 3.5, n) for n, item in enumerate(ITEM_IDS[:4])]
     tables = build_tables(make_log(rows), DataConfig(min_history=1))  # 7 + 7 + 3 samples
     assert np.bincount(tables.samples["split"].to_numpy()).tolist() == [13, 1, 3]
+
+
+def users_in_order(tables):
+    user_id = tables.users["user_id"].to_pylist()
+    split = tables.samples["split"].to_pylist()
+    users = [user_id[user] for user in tables.samples["user"].to_pylist()]
+    return users, split
+
+
+def many_users(num_users, num_events=4):
+    """User n has `num_events` events; the log names users from the last to the first."""
+    user = np.repeat(np.arange(num_users)[::-1], num_events)
+    events = pl.DataFrame(
+        {
+            "user_id": user,
+            "item_id": np.tile(np.arange(num_events), num_users),
+            "rating": np.full(user.size, 5.0, np.float32),
+            "time": np.tile(np.arange(num_events)[::-1], num_users),
+        }
+    )
+    items = pl.DataFrame({"item_id": np.arange(num_events)}).with_columns(
+        title=pl.lit("t"), genre=pl.lit("g")
+    )
+    return RawLog(pl.DataFrame({"user_id": np.arange(num_users)}), items, events)
+
+
+@settings(max_examples=40, deadline=None)
+@given(logs(), st.sampled_from(["all", "last"]), st.integers(1, 3), st.integers(0, 5))
+def test_build_tables_by_user_gives_whole_users_to_one_split(rows, which, min_history, seed):
+    config = DataConfig(
+        split_by="user",
+        samples_per_user=which,
+        min_history=min_history,
+        split_seed=seed,
+        split=(0.25, 0.25, 0.5),
+    )
+    count = {user: sum(row[0] == user for row in rows) for user in USER_IDS}
+    enough = [user for user in dict.fromkeys(row[0] for row in rows) if count[user] > min_history]
+    if len(enough) < 4:
+        return
+    random.Random(seed).shuffle(enough)
+    tables = build_tables(make_log(rows), config)
+    users, split = users_in_order(tables)
+    per_user = [1 if which == "last" else count[int(u)] - min_history for u in enough]
+    assert users == [str(u) for u, n in zip(enough, per_user, strict=True) for _ in range(n)]
+    # Two of four are known, one of them for valid.
+    assert split == [0] * per_user[0] + [1] * per_user[1] + [2] * sum(per_user[2:])
+    if which == "last":
+        ends = tables.users["event_end"].to_numpy()[tables.samples["user"].to_numpy()]
+        assert (tables.samples["event"].to_numpy() == ends - 1).all()
+
+
+def test_build_tables_by_user_starts_from_the_order_in_which_the_log_names_users():
+    config = DataConfig(split_by="user", samples_per_user="last", min_history=1)
+    users, _ = users_in_order(build_tables(many_users(50), config))
+    expected = [str(n) for n in range(50)[::-1]]
+    random.Random(42).shuffle(expected)
+    assert users == expected
+
+
+@pytest.mark.parametrize("valid", [0.05, 0.2, 0.3])
+def test_build_tables_by_user_test_users_do_not_depend_on_the_share_of_valid(valid):
+    found = []
+    for share in (0.1, valid):
+        config = DataConfig(split_by="user", min_history=1, split=(0.9 - share, share, 0.1))
+        users, split = users_in_order(build_tables(many_users(70), config))
+        found.append({user for user, part in zip(users, split, strict=True) if part == 2})
+    assert len(found[0]) == 7
+    assert found[0] == found[1]
+
+
+def test_build_tables_by_user_too_few_users_are_refused():
+    config = DataConfig(split_by="user", min_history=1)
+    with pytest.raises(TableError, match="a split is empty"):
+        build_tables(many_users(5), config)
+
+
+def test_build_tables_text_ids_are_ordered_bytewise():
+    log = make_log([(u, item, 5.0, n) for u in USER_IDS for n, item in enumerate(ITEM_IDS)])
+    as_text = RawLog(
+        log.users.with_columns(pl.col("user_id").cast(pl.String)),
+        log.items.with_columns(pl.format("é{}", "item_id").alias("item_id")),
+        log.events.with_columns(
+            pl.col("user_id").cast(pl.String), pl.format("é{}", "item_id").alias("item_id")
+        ),
+    )
+    tables = build_tables(as_text, DataConfig(min_history=1))
+    assert tables.users["user_id"].to_pylist() == ["10", "2", "31", "9"]
+    item_id = tables.items["item_id"].to_pylist()
+    assert item_id == sorted(item_id, key=str.encode)
+    user, item = tables.events["user"].to_pylist(), tables.events["item"].to_pylist()
+    assert user == sorted(user)
+    assert [item_id[n] for n in item[:8]] == [f"é{n}" for n in ITEM_IDS]
 
 
 @pytest.mark.assets

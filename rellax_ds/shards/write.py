@@ -144,18 +144,8 @@ class ShardWorker:
                 columns["label"] += batch.table["label"].tolist()
                 dropped.update(batch.num_dropped.tolist())
                 clipped += int((batch.prompts.clipped > 0).sum())
-        found = scan_shard(path)
-        pairs = zip(samples.tolist(), kinds, strict=True)
-        if [sample.key for sample in found] != [
-            sample_key(sample, kind, self._suffix_variant) for sample, kind in pairs
-        ]:
-            raise ArtifactError(f"{path}: does not read back as it was written; check the disk")
-        places = {name: [getattr(s, name) for s in found] for name in ("offset", "length", "crc32")}
-        table = {"sample": samples, "variant": variants, **places, **columns}
-        part = pa.table(
-            {name: pa.array(table[name], kind) for name, kind in SAMPLE_COLUMNS.items()}
-        )
-        write_parquet(part, directory / f"{partition.name}{_PART}")
+        table = {"sample": samples, "variant": variants, **columns}
+        write_columns(path, table, self._suffix_variant)
         dropped_counts = {str(count): dropped[count] for count in sorted(dropped)}
         return {"split": split, "n": len(samples), "dropped": dropped_counts, "clipped": clipped}
 
@@ -324,6 +314,27 @@ def write_scale(crm: Path, path: Path, rows: npt.NDArray[np.int64]) -> dict[str,
         raise ArtifactError(f"{crm}: the recommender's outputs are not finite; run `rellax crm`")
     save_file({"item_table": standard, "instance_mean": mean, "instance_std": std}, path)
     return {"item_width": table.shape[1], "instance_width": instances.shape[1]}
+
+
+def write_columns(path: Path, columns: Mapping[str, Any], mixed: bool) -> None:
+    """Read a closed shard back and write its rows of `samples.parquet` beside it.
+
+    Args:
+        path: `PARTITION.tar`.
+        columns: `sample`, `variant`, `tokens` and `label` of its prompts, in order [N].
+        mixed: Whether the keys name the variant.
+
+    Raises:
+        ArtifactError: The file does not hold these samples.
+    """
+    found = scan_shard(path)
+    pairs = zip(columns["sample"], columns["variant"], strict=True)
+    if [sample.key for sample in found] != [sample_key(int(n), int(v), mixed) for n, v in pairs]:
+        raise ArtifactError(f"{path}: does not read back as it was written; check the disk")
+    places = {name: [getattr(s, name) for s in found] for name in ("offset", "length", "crc32")}
+    table = {**columns, **places}
+    part = pa.table({name: pa.array(table[name], kind) for name, kind in SAMPLE_COLUMNS.items()})
+    write_parquet(part, path.with_name(f"{path.stem}{_PART}"))
 
 
 def write_index(

@@ -74,7 +74,7 @@ class ShardWorker:
         soft_slots: bool,
         history_length: int,
         max_tokens: int,
-        label_threshold: float,
+        like_rule: str,
         suffix_variant: bool,
         cuts: Cuts | None = None,
     ) -> None:
@@ -91,7 +91,7 @@ class ShardWorker:
             soft_slots: Place soft tokens.
             history_length: K, events a prompt shows at most.
             max_tokens: Longest prompt.
-            label_threshold: A rating above this is a like; for the wording.
+            like_rule: What makes a rating a like, as it follows the words "a rating".
             suffix_variant: Name the variant in the key, because a sample is written twice.
             cuts: `PromptBuilder.cuts` of an equal worker; by default the tokenizer is tried here.
         """
@@ -107,7 +107,7 @@ class ShardWorker:
             load_tokens(tokenizer),
             _text_columns(self._tables / "items.parquet", schema.ITEMS),
             _text_columns(self._tables / "users.parquet", schema.USERS),
-            {"like_rule": f"above {label_threshold:g}", "max_rating": f"{max_rating:g}"},
+            {"like_rule": like_rule, "max_rating": f"{max_rating:g}"},
             chat=chat,
             soft_slots=soft_slots,
             max_tokens=max_tokens,

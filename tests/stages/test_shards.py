@@ -65,6 +65,7 @@ def test_key_follows_what_a_prompt_is_made_of_and_nothing_else(
         change(recipe, model={"spa": False}),
         change(recipe, shards={"max_tokens": 100}),
         change(recipe, data={"label_threshold": 2.0}),
+        change(recipe, data={"label_inclusive": True}),
     ):
         assert STAGE.parts(changed, work) != before
     mine = tmp_path / "mine.yaml"

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rellax_ds import runtime, schema
-from rellax_ds.artifacts import file_sha256, write_json
+from rellax_ds.artifacts import file_sha256, set_aside, write_json
 from rellax_ds.config import digest
 from rellax_ds.errors import ArtifactError, TableError
 from rellax_ds.prompts.assemble import Histories, offsets_of
@@ -344,7 +344,7 @@ def write_index(
 
     Args:
         folder: Folder that holds the shards and `crm.safetensors`.
-        records: Committed partitions, in order; their own columns are removed.
+        records: Committed partitions, in order; their own columns are left out of the artefact.
         facts: Answer ids, template, tokenizer, widths and whether the data is `mixed`.
 
     Returns:
@@ -373,8 +373,7 @@ def write_index(
     }
     document["digest"] = digest(document)
     write_json(folder / INDEX, document)
-    for path in parts.values():
-        path.unlink()
+    set_aside(folder, [path.name for path in parts.values()])
     return document
 
 

@@ -145,10 +145,15 @@ class Run:
         """Events of every history the models may read of a sample, by kind."""
         sample, kept = self.samples[number], self.retrieved[number]
         start, end = sample["history_start"], sample["history_end"]
-        recent = pool.recent_history(start, end, LENGTH)
-        similar = pool.retrieved_history(
-            np.array(kept["events"], np.int64), np.array(kept["similarity"], np.float32), LENGTH
-        )
+        recent = pool.recent_histories(np.array([start]), np.array([end]), LENGTH)
+        events = np.array(kept["events"], np.int64)
+        similarity = np.array(kept["similarity"], np.float32)
+        similar = {
+            kind: pool.retrieved_histories(
+                np.array([0, len(events)]), events, similarity, LENGTH, kind
+            )
+            for kind in ("retrieved", "high", "low")
+        }
         crm = {}
         for kind, history in self.histories().items():
             rows, mask = history.event_rows(np.array([number]))
@@ -157,9 +162,13 @@ class Run:
             "whole": list(range(start, end)),
             "retrieved": kept["events"],
             "recent prompt": recent.events.tolist(),
-            "retrieved prompt": similar.events.tolist(),
+            **{f"{kind} prompt": found.events.tolist() for kind, found in similar.items()},
             **crm,
-        }, (kept["similarity"], recent.drop_order.tolist(), similar.drop_order.tolist())
+        }, (
+            kept["similarity"],
+            recent.drop_rank.tolist(),
+            *(found.drop_rank.tolist() for found in similar.values()),
+        )
 
     def histories(self):
         log = Interactions.of(self.tables)

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rellax_ds import runtime, schema
-from rellax_ds.artifacts import file_sha256, write_json
+from rellax_ds.artifacts import file_sha256, set_aside, write_json
 from rellax_ds.config import digest
 from rellax_ds.errors import ArtifactError, TableError
 from rellax_ds.prompts.assemble import Histories, offsets_of
@@ -74,7 +74,7 @@ class ShardWorker:
         soft_slots: bool,
         history_length: int,
         max_tokens: int,
-        label_threshold: float,
+        like_rule: str,
         suffix_variant: bool,
         cuts: Cuts | None = None,
     ) -> None:
@@ -91,7 +91,7 @@ class ShardWorker:
             soft_slots: Place soft tokens.
             history_length: K, events a prompt shows at most.
             max_tokens: Longest prompt.
-            label_threshold: A rating above this is a like; for the wording.
+            like_rule: What makes a rating a like, as it follows the words "a rating".
             suffix_variant: Name the variant in the key, because a sample is written twice.
             cuts: `PromptBuilder.cuts` of an equal worker; by default the tokenizer is tried here.
         """
@@ -107,7 +107,7 @@ class ShardWorker:
             load_tokens(tokenizer),
             _text_columns(self._tables / "items.parquet", schema.ITEMS),
             _text_columns(self._tables / "users.parquet", schema.USERS),
-            {"like_rule": f"above {label_threshold:g}", "max_rating": f"{max_rating:g}"},
+            {"like_rule": like_rule, "max_rating": f"{max_rating:g}"},
             chat=chat,
             soft_slots=soft_slots,
             max_tokens=max_tokens,
@@ -144,18 +144,8 @@ class ShardWorker:
                 columns["label"] += batch.table["label"].tolist()
                 dropped.update(batch.num_dropped.tolist())
                 clipped += int((batch.prompts.clipped > 0).sum())
-        found = scan_shard(path)
-        pairs = zip(samples.tolist(), kinds, strict=True)
-        if [sample.key for sample in found] != [
-            sample_key(sample, kind, self._suffix_variant) for sample, kind in pairs
-        ]:
-            raise ArtifactError(f"{path}: does not read back as it was written; check the disk")
-        places = {name: [getattr(s, name) for s in found] for name in ("offset", "length", "crc32")}
-        table = {"sample": samples, "variant": variants, **places, **columns}
-        part = pa.table(
-            {name: pa.array(table[name], kind) for name, kind in SAMPLE_COLUMNS.items()}
-        )
-        write_parquet(part, directory / f"{partition.name}{_PART}")
+        table = {"sample": samples, "variant": variants, **columns}
+        write_columns(path, table, self._suffix_variant)
         dropped_counts = {str(count): dropped[count] for count in sorted(dropped)}
         return {"split": split, "n": len(samples), "dropped": dropped_counts, "clipped": clipped}
 
@@ -326,6 +316,27 @@ def write_scale(crm: Path, path: Path, rows: npt.NDArray[np.int64]) -> dict[str,
     return {"item_width": table.shape[1], "instance_width": instances.shape[1]}
 
 
+def write_columns(path: Path, columns: Mapping[str, Any], mixed: bool) -> None:
+    """Read a closed shard back and write its rows of `samples.parquet` beside it.
+
+    Args:
+        path: `PARTITION.tar`.
+        columns: `sample`, `variant`, `tokens` and `label` of its prompts, in order [N].
+        mixed: Whether the keys name the variant.
+
+    Raises:
+        ArtifactError: The file does not hold these samples.
+    """
+    found = scan_shard(path)
+    pairs = zip(columns["sample"], columns["variant"], strict=True)
+    if [sample.key for sample in found] != [sample_key(int(n), int(v), mixed) for n, v in pairs]:
+        raise ArtifactError(f"{path}: does not read back as it was written; check the disk")
+    places = {name: [getattr(s, name) for s in found] for name in ("offset", "length", "crc32")}
+    table = {**columns, **places}
+    part = pa.table({name: pa.array(table[name], kind) for name, kind in SAMPLE_COLUMNS.items()})
+    write_parquet(part, path.with_name(f"{path.stem}{_PART}"))
+
+
 def write_index(
     folder: Path, records: Sequence[PartitionRecord], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -333,7 +344,7 @@ def write_index(
 
     Args:
         folder: Folder that holds the shards and `crm.safetensors`.
-        records: Committed partitions, in order; their own columns are removed.
+        records: Committed partitions, in order; their own columns are left out of the artefact.
         facts: Answer ids, template, tokenizer, widths and whether the data is `mixed`.
 
     Returns:
@@ -362,8 +373,7 @@ def write_index(
     }
     document["digest"] = digest(document)
     write_json(folder / INDEX, document)
-    for path in parts.values():
-        path.unlink()
+    set_aside(folder, [path.name for path in parts.values()])
     return document
 
 

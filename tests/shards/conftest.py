@@ -42,7 +42,7 @@ class Inputs:
             "soft_slots": True,
             "history_length": LENGTH,
             "max_tokens": 4096,
-            "label_threshold": 3.0,
+            "like_rule": "above 3",
             "suffix_variant": False,
         } | changes
 

@@ -287,8 +287,8 @@ def kill_drivers(bench: Bench, kills: int) -> None:
 
 @contextlib.contextmanager
 def two_nodes(folder: Path) -> Iterator[tuple[str, Any]]:
-    """A cluster of two nodes with a CPU each, in a folder of its own so that no other program takes
-    it for the machine's: its address, and the node that may die.
+    """A cluster of two nodes with a CPU each, its files in `folder`: its address, and the node that
+    may die.
     """
     runtime.guard_environment()
     from ray.cluster_utils import Cluster

@@ -106,6 +106,22 @@ class WorkDir:
             )
         return manifest
 
+    def check(self, stage: str) -> None:
+        """Check that a committed stage's files are there with the sizes its manifest gives.
+
+        Raises:
+            ArtifactError: One is missing or has another size.
+        """
+        folder = self.stage_dir(stage)
+        for name, facts in self.require(stage).files.items():
+            path = folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != facts["bytes"]:
+                size = "missing" if found is None else f"{found} bytes"
+                raise ArtifactError(
+                    f"{path}: {size}, its manifest says {facts['bytes']}; run `rellax {stage}` again"
+                )
+
     def open(self, stage: str, parts: Mapping[str, str], recipe: Mapping[str, Any]) -> StageRun:
         """Prepare to run a stage whose output depends on `parts` only."""
         return StageRun(self, stage, dict(parts), dict(recipe))
@@ -227,6 +243,7 @@ class StageRun:
             ArtifactError: The running folder holds no file.
         """
         running, target = self.directory, self.work.stage_dir(self.stage)
+        _delete_unfinished(running)
         aside = {running / name for name in (*_spent(running), MANIFEST, _SPENT)}
         paths = sorted(p for p in running.rglob("*") if p.is_file() and p not in aside)
         if not paths:
@@ -295,6 +312,17 @@ def _delete_spent(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
     if names:
         (directory / _SPENT).unlink(missing_ok=True)
+
+
+def _delete_unfinished(directory: Path) -> None:
+    """Delete hidden files and folders: whoever writes under a temporary name starts it with a dot,
+    and a kill leaves it behind.
+    """
+    for path in list(directory.rglob(".*")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _SPENT:
+            path.unlink(missing_ok=True)
 
 
 def out_of_space(error: BaseException, folder: Path) -> ArtifactError | None:

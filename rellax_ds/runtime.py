@@ -72,6 +72,7 @@ def guarded_environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_WAIT_POLICY": "passive",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of workers that fail beside the one we report
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -110,14 +110,14 @@ def _gather(
     fresh = [np.load(path.parent / f"{part.name}.npy", mmap_mode="r") for part in parts]
     sources = [*fresh, *([known.vectors] if known else [])]
     width = sources[0].shape[1] if sources else 1
-    vectors = np.lib.format.open_memmap(path, "w+", np.float32, (len(row), width))
+    vectors = np.zeros((len(row), width), np.float32)
     if known:
         vectors[row >= 0] = known.vectors[row[row >= 0]]
     start = 0
     for part in fresh:
         vectors[new[start : start + len(part)]] = part
         start += len(part)
-    vectors.flush()
+    np.save(path, vectors)
     return vectors
 
 

@@ -9,8 +9,9 @@ from rellax_ds.assets import resolve_model
 from rellax_ds.partitions import Partition, drop_records, run_partitions
 from rellax_ds.prompts.templates import load_template
 from rellax_ds.shards import pool
+from rellax_ds.shards.index import write_index
 from rellax_ds.shards.read import CRM
-from rellax_ds.shards.write import ShardWorker, write_index, write_scale
+from rellax_ds.shards.write import ShardWorker, write_scale
 from rellax_ds.stages.stage import Stage, StageContext
 
 if TYPE_CHECKING:

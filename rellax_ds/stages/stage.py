@@ -87,6 +87,8 @@ class Stage:
         changes = attempt.changes()
         if changes:
             runtime.logger.info("%s: runs again because %s changed", self.name, ", ".join(changes))
+        for stage in self.inputs(recipe):
+            work.check(stage)
         directory = attempt.begin()
         try:
             with attempt.alone():

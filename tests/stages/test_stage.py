@@ -75,3 +75,31 @@ def test_stage_run_other_system_errors_keep_their_type(tmp_path: Path) -> None:
 
     with pytest.raises(PermissionError):
         stage(other).run(RECIPE, WorkDir(tmp_path))
+
+
+def test_stage_run_leaves_what_a_kill_left_half_written_out_of_the_artefact(tmp_path: Path) -> None:
+    def build(context: StageContext) -> dict[str, Any]:
+        (context.directory / ".index.json.123").write_text("{")
+        (context.directory / ".columns.123").mkdir()
+        (context.directory / ".columns.123" / "item.npy").write_text("x")
+        (context.directory / "data").write_text("y")
+        return {}
+
+    manifest = stage(build).run(RECIPE, WorkDir(tmp_path))
+    assert set(manifest.files) == {"data"}
+    assert {p.name for p in (tmp_path / "1_tables").iterdir()} == {"data", "manifest.json"}
+
+
+def test_stage_run_with_a_cut_input_names_the_file_and_the_stage_that_writes_it(
+    tmp_path: Path,
+) -> None:
+    def build(context: StageContext) -> dict[str, Any]:
+        (context.directory / "events.parquet").write_text("whole")
+        return {}
+
+    work = WorkDir(tmp_path)
+    stage(build).run(RECIPE, work)
+    (tmp_path / "1_tables" / "events.parquet").write_text("who")
+    reader = Stage("retrieval", 1, ("retrieval",), lambda _recipe: ("tables",), build)
+    with pytest.raises(ArtifactError, match=r"events\.parquet: 3 bytes.* 5; run `rellax tables`"):
+        reader.run(RECIPE, work)

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rellax_ds.artifacts import WorkDir, file_sha256
 from rellax_ds.partitions import PartitionRecord
+from rellax_ds.shards.index import write_columns, write_index
 from rellax_ds.shards.read import CRM
-from rellax_ds.shards.write import write_columns, write_index
 
 if TYPE_CHECKING:
     from collections.abc import Callable

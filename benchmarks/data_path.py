@@ -115,6 +115,7 @@ def measure(report: Report, recipe_path: Path, work: WorkDir, size: str) -> None
         gib = run([sys.executable, *command])
         manifest = work.require(stage)
         costs[stage] = Cost(manifest.seconds, gib, rows_of(stage, manifest.counts))
+        runtime.logger.info("%s, %s: %.1f s, %.2f GiB", size, stage, manifest.seconds, gib)
     check_rows(report, load_recipe(recipe_path), work, spec, costs)
     shares = topic_shares(work, spec)
     report.check(

@@ -51,7 +51,7 @@ ROW = st.tuples(
 )
 CRM = CRMConfig(identifier_share=1.0, user_id_field=True)
 SETTINGS = settings(
-    max_examples=40,
+    max_examples=30,
     deadline=None,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
@@ -145,10 +145,12 @@ class Run:
         """Events of every history the models may read of a sample, by kind."""
         sample, kept = self.samples[number], self.retrieved[number]
         start, end = sample["history_start"], sample["history_end"]
-        recent = pool.recent_history(start, end, LENGTH)
-        similar = pool.retrieved_history(
-            np.array(kept["events"], np.int64), np.array(kept["similarity"], np.float32), LENGTH
-        )
+        prompts = {"recent": pool.recent_histories(np.array([start]), np.array([end]), LENGTH)}
+        found = np.array(kept["events"], np.int64), np.array(kept["similarity"], np.float32)
+        for order in ("retrieved", "high", "low"):
+            prompts[order] = pool.retrieved_histories(
+                np.array([0, len(found[0])]), *found, LENGTH, order
+            )
         crm = {}
         for kind, history in self.histories().items():
             rows, mask = history.event_rows(np.array([number]))
@@ -156,10 +158,9 @@ class Run:
         return {
             "whole": list(range(start, end)),
             "retrieved": kept["events"],
-            "recent prompt": recent.events.tolist(),
-            "retrieved prompt": similar.events.tolist(),
+            **{f"{order} prompt": shown.events.tolist() for order, shown in prompts.items()},
             **crm,
-        }, (kept["similarity"], recent.drop_order.tolist(), similar.drop_order.tolist())
+        }, (kept["similarity"], [shown.drop_rank.tolist() for shown in prompts.values()])
 
     def histories(self):
         log = Interactions.of(self.tables)

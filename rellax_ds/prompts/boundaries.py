@@ -142,9 +142,14 @@ def _spans_equal(
 
 
 def _encode(unit: Unit, values: dict[str, Ints]) -> list[list[int]]:
+    """Ids of a unit for every probe; what reads the same is tokenised once."""
     size = len(next(iter(values.values())))
     keys = [values[name] for name in unit.columns]
-    return unit.encode(np.stack(keys, axis=1) if keys else np.zeros((size, 1), np.int64))
+    if not keys:
+        return unit.encode(np.zeros((1, 1), np.int64)) * size
+    unique, inverse = np.unique(np.stack(keys, axis=1), axis=0, return_inverse=True)
+    ids = unit.encode(unique)
+    return [ids[n] for n in inverse.reshape(-1).tolist()]
 
 
 def _probes(wording: Wording) -> dict[str, Ints]:

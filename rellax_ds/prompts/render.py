@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Histories", "History", "Prompt", "PromptBuilder", "Prompts", "display_name"]
 
+_FIXED = ("opening", "lead_in", "between", "lead_out")
 _MAX_IDS = 1 << 26
 """Remembered ids beyond which the memory starts afresh (256 MiB)."""
 
@@ -132,7 +133,7 @@ class PromptBuilder:
         profile = self._checked_fields(question, items, users, constants)
         self._answer_tokens(question)
         self._wording = Wording(template, profile, items, users, constants)
-        self._parts = span_parts(template, self._wrapper, bool(profile), question)
+        self._parts = span_parts(template, self._wrapper, bool(profile), question, constants)
         starts = self._wrapper.starts
         if cuts is None:
             cuts = boundaries.find_cuts(self._parts, self._unit, self._wording, starts)
@@ -380,9 +381,9 @@ class PromptBuilder:
     ) -> tuple[Piece, ...]:
         """Check that every field has a column; returns the profile, or nothing if it has none."""
         template = self._template
-        known = [*items, "name", *constants]
+        known = [*items, "name", "quote", "quoted", *constants]
         for key, pieces, columns in (
-            ("lead_in", template.pieces("lead_in"), list(constants)),
+            *((key, template.pieces(key), list(constants)) for key in _FIXED),
             ("history", template.pieces("history"), known),
             ("target", question, known),
         ):

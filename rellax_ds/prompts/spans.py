@@ -20,7 +20,7 @@ import numpy as np
 from rellax_ds.prompts.assemble import TokenTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -61,8 +61,8 @@ class Part:
 
     @property
     def titled(self) -> bool:
-        """Whether it shows fields, of which a title may be shortened."""
-        return self.kind == "text" and any(name is not None for _, name in self.parts)
+        """Whether it shows an item's text, which may be shortened."""
+        return self.kind == "text" and self.column.endswith("item")
 
 
 class Wording:
@@ -123,9 +123,11 @@ class Wording:
         if part.kind == "answer":
             return self._answers[value]
         blanks = part.parts[0][0] if part.parts else ""
-        if part.kind == "index":
-            return f"{blanks}{value}"
+        if part.kind in ("index", "index0"):
+            return f"{blanks}{value - (part.kind == 'index0')}"
         rating = next(known for known, number in self._ratings.items() if number == value)
+        if part.kind == "stars":
+            return f"{blanks}{'star' if rating <= 1 else 'stars'}"
         return f"{blanks}{rating:g}"
 
     def _item_field(self, name: str, item: int) -> str:
@@ -136,6 +138,8 @@ class Wording:
             return title
         if name == "name":
             return display_name(title)
+        if name in ("quote", "quoted"):
+            return repr(title)[0] if name == "quote" else repr(title)[1:-1]
         return " ".join((self._items[name][item] or "").split())
 
     def _profile_text(self, user: int) -> str:
@@ -155,7 +159,11 @@ class Wording:
 
 
 def span_parts(
-    template: Template, wrapper: Wrapper, profile: bool, question: Sequence[Piece]
+    template: Template,
+    wrapper: Wrapper,
+    profile: bool,
+    question: Sequence[Piece],
+    constants: Collection[str],
 ) -> dict[Name, tuple[Part, ...]]:
     """The parts of every kind of span.
 
@@ -164,23 +172,29 @@ def span_parts(
         wrapper: What stands around the content.
         profile: Whether prompts open with a line about the user.
         question: `Template.question`.
+        constants: Names of the fields that always read the same.
     """
+
+    def parts(pieces: str | Sequence[Piece], source: str = "") -> list[Part]:
+        found = template.pieces(pieces) if isinstance(pieces, str) else pieces
+        return [_sourced(piece, source, template.yes, constants) for piece in found]
+
     line_head, line_tail = _at_slot(template.pieces("history"))
     ask_head, ask_tail = _at_slot(question)
     opening = [Part("control", ids=wrapper.opening), *_literal(wrapper.lead)]
+    if not wrapper.tail:
+        opening += parts("opening")
     if profile:
         tail = template.pieces("profile")[-1].tail or "a"
         opening.append(Part("profile", column="profile", example=tail))
     closing = [*_literal(wrapper.trail), Part("control", ids=wrapper.closing)]
-    lead_in = _sourced(template.pieces("lead_in"), "", template)
-    shown = [_sourced(pieces, "", template) for pieces in (line_head, ask_head)]
-    before = [_sourced(pieces, "before_", template) for pieces in (line_tail, ask_tail)]
+    after_line = parts(line_tail, "before_")
     return {
-        "open": (*opening, *lead_in, *shown[0]),
-        "mid": (*before[0], *shown[0]),
-        "ask": (*before[0], *shown[1]),
-        "bare": (*opening, *shown[1]),
-        "close": (*before[1], *closing),
+        "open": (*opening, *parts("lead_in"), *parts(line_head)),
+        "mid": (*after_line, *parts("between"), *parts(line_head)),
+        "ask": (*after_line, *parts("lead_out"), *parts(ask_head)),
+        "bare": (*opening, *parts(ask_head)),
+        "close": (*parts(ask_tail, "before_"), *closing),
     }
 
 
@@ -338,13 +352,12 @@ def _literal(text: str) -> list[Part]:
     return [Part("text", ((text, None),), example=text)] if text else []
 
 
-def _sourced(pieces: Sequence[Piece], source: str, template: Template) -> list[Part]:
-    """Parts whose values come from the line before (`before_`) or the one that ends the span."""
-    columns = {"index": "index", "rating": "rating", "answer": "label"}
-    examples = {"index": "1", "rating": "4", "answer": template.yes}
-    parts = []
-    for piece in pieces:
-        column = columns.get(piece.kind, "item" if piece.fields else "")
-        example = examples.get(piece.kind, piece.tail or "a")
-        parts.append(Part(piece.kind, piece.parts, source + column if column else "", example))
-    return parts
+def _sourced(piece: Piece, source: str, yes: str, constants: Collection[str]) -> Part:
+    """A part whose values come from the line before (`before_`) or the one that ends the span."""
+    columns = {"index0": "index", "stars": "rating", "answer": "label"}
+    examples = {"index": "1", "index0": "1", "rating": "4", "stars": "stars", "answer": yes}
+    column = columns.get(piece.kind, piece.kind)
+    if piece.kind == "text":
+        column = "item" if any(name not in constants for name in piece.fields) else ""
+    example = examples.get(piece.kind, piece.tail or "a")
+    return Part(piece.kind, piece.parts, source + column if column else "", example)

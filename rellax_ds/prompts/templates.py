@@ -2,20 +2,26 @@
 
 A template is a handful of texts with `{fields}`. It is cut into pieces once: runs of text, which
 the tokenizer sees whole, and the fields that stand on their own (`{soft}`, `{answer}`, `{index}`,
-`{rating}`), which are segment boundaries. Because the boundaries are the template's and not the
-rendered text's, no title can move them.
+`{rating}` and the like), which are segment boundaries. Because the boundaries are the template's
+and not the rendered text's, no title can move them.
 
 Keys of a template file:
 
+    opening   stands first when no chat wrapper does (optional)
     profile   fields of the user table; left out when one of its fields is empty (optional)
     lead_in   stands before the history, if there is any (optional)
     history   one history item; holds `{soft}` once, may hold `{index}`, `{rating}`, `{answer}`
+    between   stands between two history items (optional)
+    lead_out  stands after the history, if there is any (optional)
     target    the question; holds `{soft}` once
     cue       added to the question when no chat wrapper asks for the answer (optional)
     answers   the words for yes and no, with the blank that parts them from what precedes
 
 `profile` may name columns of the user table, `history` and `target` columns of the item table and
 `{name}` (the title in reading order, without year), all of them `{like_rule}` and `{max_rating}`.
+For lists in Python's notation there are `{quoted}`, the title as `repr` writes it between its
+quotes, and `{quote}`, that quote; `{index0}` counts from 0, and `{stars}` is `star` for a rating of
+at most 1, else `stars`.
 """
 
 from __future__ import annotations
@@ -32,17 +38,16 @@ import yaml
 from rellax_ds.config import digest
 from rellax_ds.errors import ConfigError
 
-Kind = Literal["text", "soft", "answer", "index", "rating"]
+Kind = Literal["text", "soft", "answer", "index", "index0", "rating", "stars"]
 
 _MAX_BYTES = 1 << 16
-_KEYS = ("profile", "lead_in", "history", "target", "cue", "answers")
-_CUTS = ("soft", "answer", "index", "rating")
-_ALLOWED_CUTS: dict[str, tuple[str, ...]] = {
-    "profile": (),
-    "lead_in": (),
+_TEXTS = ("opening", "profile", "lead_in", "history", "between", "lead_out", "target", "cue")
+_KEYS = (*_TEXTS, "answers")
+_VALUES = ("index", "index0", "rating", "stars")
+_CUTS = ("soft", "answer", *_VALUES)
+_ALLOWED_CUTS: dict[str, tuple[str, ...]] = dict.fromkeys(_TEXTS, ()) | {
     "history": _CUTS,
     "target": ("soft",),
-    "cue": (),
 }
 
 
@@ -52,8 +57,8 @@ class Piece:
 
     Attributes:
         kind: `text`, or the name of the field that stands on its own.
-        parts: Of a text: (literal, field or None) in order. Of `index` and `rating`: the blanks
-            that precede the value, as one literal.
+        parts: Of a text: (literal, field or None) in order. Of an index, a rating and the like: the
+            blanks that precede the value, as one literal.
     """
 
     kind: Kind
@@ -83,6 +88,9 @@ class Template:
         profile: Text about the user.
         lead_in: Text before the history.
         cue: Text after the question when there is no chat wrapper.
+        opening: Text before everything when there is no chat wrapper.
+        between: Text between two history items.
+        lead_out: Text after the history.
     """
 
     name: str
@@ -93,13 +101,16 @@ class Template:
     profile: str = ""
     lead_in: str = ""
     cue: str = ""
+    opening: str = ""
+    between: str = ""
+    lead_out: str = ""
     _pieces: dict[str, tuple[Piece, ...]] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
 
     def __post_init__(self) -> None:
         """Cut every text once, which also checks it."""
-        for key in ("profile", "lead_in", "history", "target", "cue"):
+        for key in _TEXTS:
             self._pieces[key] = _cut(getattr(self, key), key, self.name)
         for key in ("history", "target"):
             count = sum(piece.kind == "soft" for piece in self._pieces[key])
@@ -213,7 +224,7 @@ def _cut(text: str, key: str, name: str) -> tuple[Piece, ...]:
         if field_name in _CUTS:
             if field_name not in _ALLOWED_CUTS[key]:
                 raise ConfigError(f"template {name}: '{key}' may not hold {{{field_name}}}")
-            kept = literal.rstrip(" ") if field_name in {"index", "rating"} else literal
+            kept = literal.rstrip(" ") if field_name in _VALUES else literal
             first = not (pieces or parts or literal)
             if field_name == "answer" and (first or literal.endswith(" ")):
                 raise ConfigError(

@@ -23,6 +23,7 @@ generations, so the index lives in a Ray actor of its own (`start_actor`) and sp
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -239,11 +240,14 @@ class HistoryIndex:
     def _score(self, whole: Doubles, found: Ints) -> Floats:
         """Exact cosine of each query with its own events, float32 [n, count]; -inf at -1."""
         value = np.empty(found.shape, np.float32)
-        step = max(1, _TILE_NUMBERS // max(1, found.shape[1] * self.dimensions))
-        for first in range(0, len(found), step):
-            rows = slice(first, first + step)
-            events = _quantised(self._vectors[found[rows]])
-            value[rows] = _cosine((events @ whole[rows, :, None])[:, :, 0])
+        width = max(1, min(found.shape[1], _TILE_ROWS))
+        step = max(1, _TILE_NUMBERS // (width * self.dimensions))
+        for row, column in itertools.product(
+            range(0, len(found), step), range(0, found.shape[1], width)
+        ):
+            tile = slice(row, row + step), slice(column, column + width)
+            events = _quantised(self._vectors[found[tile]])
+            value[tile] = _cosine((events @ whole[tile[0], :, None])[:, :, 0])
         value[found < 0] = -np.inf
         return value
 
@@ -335,6 +339,10 @@ class FaissActor:
         self._empty = HistoryIndex(dimensions, options, catalogue)
         self._histories: dict[int, HistoryIndex] = {}
         runtime.logger.info("faiss index: searches on %s", self._empty.device)
+
+    def device(self) -> str:
+        """Where whole histories are searched: `cpu` or `cuda`."""
+        return self._empty.device
 
     def add(self, user: int, vectors: Floats) -> int:
         """Append events to a user's history, see `HistoryIndex.add`; returns its new length."""

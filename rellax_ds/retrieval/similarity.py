@@ -2,10 +2,10 @@
 
 Results must be the same to the last bit for any partition, block, thread or machine, and the
 rounding of a floating-point product depends on the block's shape. So unit vectors are rounded to
-integers of at most 2^26 and multiplied in float64: by Cauchy-Schwarz every partial sum stays below
-2^53, every operation is exact, and the order of summation cannot matter. The exact product is then
-rounded once, to float32, and that is the similarity. The first rounding moves a cosine by less than
-float32 arithmetic would.
+multiples of 2^-26 and multiplied in float64: by Cauchy-Schwarz every partial sum is a multiple of
+2^-52 below two, every operation is exact, and the order of summation cannot matter. The exact
+product is then rounded once, to float32, and that is the similarity. The first rounding moves a
+cosine by less than float32 arithmetic would.
 
 A log repeats its items: a pair of popular items is met by thousands of samples. `SimilarityCache`
 holds the similarity of all pairs of the most frequent items, made once and shared by all workers
@@ -33,13 +33,14 @@ if TYPE_CHECKING:
 MAX_CACHED_ITEMS = 8192
 """Items in the cache at most: 256 MiB of similarities, and places that fit 16 bits."""
 
-_SCALE = float(2**26)
-_TILE_ROWS = 1024
+_STEPS = float(2**26)
+_TILE_ROWS = 512
 
 
 def quantise(vectors: Floats) -> torch.Tensor:
-    """Unit vectors as whole numbers in float64 [num_items, d], whose products are exact."""
-    return torch.from_numpy(np.rint(vectors.astype(np.float64) * _SCALE))
+    """Unit vectors in multiples of 2^-26, float64 [num_items, d], whose products are exact."""
+    whole = np.rint(vectors.astype(np.float64) * _STEPS)
+    return torch.from_numpy(whole / _STEPS)
 
 
 def cosine(queries: torch.Tensor, keys: torch.Tensor) -> Floats:
@@ -57,9 +58,9 @@ def cosine(queries: torch.Tensor, keys: torch.Tensor) -> Floats:
 
 
 def exact_cosine(products: torch.Tensor) -> torch.Tensor:
-    """Float32 similarity of exact float64 `products` of quantised vectors; overwrites them."""
+    """Float32 similarity of exact float64 products of quantised vectors."""
     # Adding zero turns -0, which a sum of products may leave, into the 0 it equals.
-    return products.mul_(_SCALE**-2).to(torch.float32).add_(0.0)
+    return products.to(torch.float32).add_(0.0)
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,13 @@ class SimilarityCache:
         place = np.full(len(vectors), -1, np.int32)
         place[items] = np.arange(size, dtype=np.int32)
         chosen = vectors[torch.from_numpy(items)]
-        matrix = np.empty((size, size), np.float32)
+        square = torch.empty((size, size), dtype=torch.float32)
         for first in range(0, size, _TILE_ROWS):
             last = min(first + _TILE_ROWS, size)
             # Symmetric: the rows from `first` on are computed, the columns before are known.
-            matrix[first:last, first:] = cosine(chosen[first:last], chosen[first:])
-            matrix[last:, first:last] = matrix[first:last, last:].T
+            square[first:last, first:] = exact_cosine(chosen[first:last] @ chosen[first:].T)
+            square[last:, first:last] = square[first:last, last:].T
+        matrix: Floats = square.numpy()
         matrix.flags.writeable = False
         return cls(place, matrix)
 

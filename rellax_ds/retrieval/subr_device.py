@@ -38,7 +38,7 @@ class DeviceSearch:
             device: A torch device.
         """
         self._exact = vectors.to(device)
-        self._half = (self._exact * 2.0**-26).half()
+        self._half = self._exact.half()
         # Rounding to half moves a product of unit vectors by at most 2^-10, accumulation in float32
         # by d 2^-24; the rest covers numbers below half's normal range.
         self._error = 1.05 * 2**-10 + vectors.shape[1] * 2**-23

@@ -4,8 +4,7 @@ A worker turns a list of (sample, variant) rows into prompts, all at once, and w
 one through webdataset's tar codec with a fixed time stamp; then it reads the closed file back: the
 offsets in the index are those found in the file, and a file that does not read back is never
 committed. The driver writes the recommender's part once (`crm.safetensors`: the standardised item
-table and the scale of h) and merges the partitions' columns into `samples.parquet`, which
-`index.json` covers.
+table and the scale of h) and merges the partitions' columns (`index`).
 """
 
 from __future__ import annotations
@@ -22,37 +21,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rellax_ds import runtime, schema
-from rellax_ds.artifacts import file_sha256, write_json
-from rellax_ds.config import digest
 from rellax_ds.errors import ArtifactError, TableError
 from rellax_ds.prompts.assemble import Histories, offsets_of
 from rellax_ds.prompts.render import PromptBuilder
 from rellax_ds.prompts.templates import Template
 from rellax_ds.prompts.tokens import load_tokens
 from rellax_ds.shards import pool
-from rellax_ds.shards.read import (
-    CRM,
-    FORMAT,
-    INDEX,
-    SAMPLE_COLUMNS,
-    SAMPLES,
-    sample_key,
-    scan_shard,
-)
-from rellax_ds.tables import read_parquet, write_parquet
+from rellax_ds.shards.index import write_columns
+from rellax_ds.shards.read import sample_key
+from rellax_ds.tables import read_parquet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     import numpy.typing as npt
 
-    from rellax_ds.partitions import Partition, PartitionRecord
+    from rellax_ds.partitions import Partition
     from rellax_ds.prompts.render import Prompts
     from rellax_ds.prompts.spans import Cuts
 
 _FLOOR = 0.25
 _ROWS_AT_ONCE = 4096
-_PART = ".samples.parquet"
 
 
 class ShardWorker:
@@ -74,7 +63,7 @@ class ShardWorker:
         soft_slots: bool,
         history_length: int,
         max_tokens: int,
-        label_threshold: float,
+        like_rule: str,
         suffix_variant: bool,
         cuts: Cuts | None = None,
     ) -> None:
@@ -91,7 +80,7 @@ class ShardWorker:
             soft_slots: Place soft tokens.
             history_length: K, events a prompt shows at most.
             max_tokens: Longest prompt.
-            label_threshold: A rating above this is a like; for the wording.
+            like_rule: What makes a rating a like, as it follows the words "a rating".
             suffix_variant: Name the variant in the key, because a sample is written twice.
             cuts: `PromptBuilder.cuts` of an equal worker; by default the tokenizer is tried here.
         """
@@ -107,7 +96,7 @@ class ShardWorker:
             load_tokens(tokenizer),
             _text_columns(self._tables / "items.parquet", schema.ITEMS),
             _text_columns(self._tables / "users.parquet", schema.USERS),
-            {"like_rule": f"above {label_threshold:g}", "max_rating": f"{max_rating:g}"},
+            {"like_rule": like_rule, "max_rating": f"{max_rating:g}"},
             chat=chat,
             soft_slots=soft_slots,
             max_tokens=max_tokens,
@@ -144,18 +133,8 @@ class ShardWorker:
                 columns["label"] += batch.table["label"].tolist()
                 dropped.update(batch.num_dropped.tolist())
                 clipped += int((batch.prompts.clipped > 0).sum())
-        found = scan_shard(path)
-        pairs = zip(samples.tolist(), kinds, strict=True)
-        if [sample.key for sample in found] != [
-            sample_key(sample, kind, self._suffix_variant) for sample, kind in pairs
-        ]:
-            raise ArtifactError(f"{path}: does not read back as it was written; check the disk")
-        places = {name: [getattr(s, name) for s in found] for name in ("offset", "length", "crc32")}
-        table = {"sample": samples, "variant": variants, **places, **columns}
-        part = pa.table(
-            {name: pa.array(table[name], kind) for name, kind in SAMPLE_COLUMNS.items()}
-        )
-        write_parquet(part, directory / f"{partition.name}{_PART}")
+        table = {"sample": samples, "variant": variants, **columns}
+        write_columns(path, table, self._suffix_variant)
         dropped_counts = {str(count): dropped[count] for count in sorted(dropped)}
         return {"split": split, "n": len(samples), "dropped": dropped_counts, "clipped": clipped}
 
@@ -324,75 +303,6 @@ def write_scale(crm: Path, path: Path, rows: npt.NDArray[np.int64]) -> dict[str,
         raise ArtifactError(f"{crm}: the recommender's outputs are not finite; run `rellax crm`")
     save_file({"item_table": standard, "instance_mean": mean, "instance_std": std}, path)
     return {"item_width": table.shape[1], "instance_width": instances.shape[1]}
-
-
-def write_index(
-    folder: Path, records: Sequence[PartitionRecord], facts: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Merge the partitions' columns into `samples.parquet` and write `index.json`.
-
-    Args:
-        folder: Folder that holds the shards and `crm.safetensors`.
-        records: Committed partitions, in order; their own columns are removed.
-        facts: Answer ids, template, tokenizer, widths and whether the data is `mixed`.
-
-    Returns:
-        The document, with its digest.
-    """
-    parts = {record.name: folder / f"{record.name}{_PART}" for record in records}
-    tables = {name: read_parquet(path, SAMPLE_COLUMNS) for name, path in parts.items()}
-    shards: dict[str, list[dict[str, Any]]] = {split: [] for split in schema.SPLITS}
-    for record in records:
-        name = f"{record.name}.tar"
-        entry = {"name": name, **record.files[name], "n": record.counts["n"]}
-        shards[record.counts["split"]].append(entry)
-    empty = pa.schema(list(SAMPLE_COLUMNS.items())).empty_table()
-    in_order = [
-        record for split in schema.SPLITS for record in records if record.counts["split"] == split
-    ]
-    merged = pa.concat_tables([empty, *(tables[record.name] for record in in_order)])
-    write_parquet(merged, folder / SAMPLES)
-    document = {
-        "format": FORMAT,
-        **facts,
-        "crm": _file_facts(folder / CRM),
-        "samples": _file_facts(folder / SAMPLES),
-        "splits": {split: _statistics(records, tables, split) for split in schema.SPLITS},
-        "shards": shards,
-    }
-    document["digest"] = digest(document)
-    write_json(folder / INDEX, document)
-    for path in parts.values():
-        path.unlink()
-    return document
-
-
-def _statistics(
-    records: Sequence[PartitionRecord], tables: Mapping[str, pa.Table], split: str
-) -> dict[str, Any]:
-    found = [record for record in records if record.counts["split"] == split]
-    tokens, labels = (
-        np.concatenate(
-            [np.zeros(0), *(tables[record.name].column(name).to_numpy() for record in found)]
-        )
-        for name in ("tokens", "label")
-    )
-    dropped: collections.Counter[int] = collections.Counter()
-    for record in found:
-        dropped.update({int(n): count for n, count in record.counts["dropped"].items()})
-    return {
-        "rows": len(tokens),
-        "shards": len(found),
-        "tokens_mean": round(float(tokens.mean()), 3) if len(tokens) else 0.0,
-        "tokens_max": int(tokens.max(initial=0)),
-        "label_mean": round(float(labels.mean()), 6) if len(labels) else 0.0,
-        "dropped": {str(count): dropped[count] for count in sorted(dropped)},
-        "clipped": int(sum(record.counts["clipped"] for record in found)),
-    }
-
-
-def _file_facts(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _read_events(

@@ -9,8 +9,9 @@ from rellax_ds.assets import resolve_model
 from rellax_ds.partitions import Partition, drop_records, run_partitions
 from rellax_ds.prompts.templates import load_template
 from rellax_ds.shards import pool
+from rellax_ds.shards.index import write_index
 from rellax_ds.shards.read import CRM
-from rellax_ds.shards.write import ShardWorker, write_index, write_scale
+from rellax_ds.shards.write import ShardWorker, write_scale
 from rellax_ds.stages.stage import Stage, StageContext
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def _identities(recipe: Recipe) -> dict[str, str]:
     return {
         "backbone": resolve_model(recipe.model.backbone).identity,
         "template": load_template(recipe.shards.template).digest,
+        "like rule": recipe.data.like_rule,
     }
 
 
@@ -59,7 +61,7 @@ def settings(context: StageContext) -> dict[str, Any]:
         "soft_slots": recipe.model.spa,
         "history_length": recipe.shards.history_length,
         "max_tokens": recipe.shards.max_tokens,
-        "label_threshold": recipe.data.label_threshold,
+        "like_rule": recipe.data.like_rule,
         "suffix_variant": recipe.shards.history in pool.MIXED,
     }
 
@@ -114,7 +116,7 @@ def _facts(recipe: Recipe, builder: PromptBuilder) -> dict[str, Any]:
 STAGE = Stage(
     name="shards",
     version=2,
-    sections=("shards", "model.backbone", "model.spa", "data.label_threshold", "seed"),
+    sections=("shards", "model.backbone", "model.spa", "seed"),
     inputs=_inputs,
     build=build,
     identities=_identities,

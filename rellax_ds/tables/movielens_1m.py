@@ -29,28 +29,28 @@ FILES = ("ratings.dat", "movies.dat", "users.dat")
 
 OCCUPATIONS = (
     "other or not specified",
-    "academic or educator",
+    "academic/educator",
     "artist",
-    "clerical or admin",
-    "college or grad student",
+    "clerical/admin",
+    "college/grad student",
     "customer service",
-    "doctor or health care",
-    "executive or managerial",
+    "doctor/health care",
+    "executive/managerial",
     "farmer",
     "homemaker",
     "K-12 student",
     "lawyer",
     "programmer",
     "retired",
-    "sales or marketing",
+    "sales/marketing",
     "scientist",
     "self-employed",
-    "technician or engineer",
-    "tradesman or craftsman",
+    "technician/engineer",
+    "tradesman/craftsman",
     "unemployed",
     "writer",
 )
-"""Names of the occupation codes 0 to 20, a stroke between two written as "or"."""
+"""Names of the occupation codes 0 to 20."""
 
 AGE_CODES = ("1", *(str(bound) for bound in AGE_BOUNDS))
 """Codes of the seven age groups: the first age of each, 1 for the youngest."""

@@ -36,11 +36,13 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> PromptTokens:
 
 @pytest.fixture
 def builder(tokens: PromptTokens) -> Callable[..., PromptBuilder]:
-    def make(template: str = "question_answer", **changes: Any) -> PromptBuilder:
+    def make(
+        template: str = "question_answer", titles: list[str] = TITLES, **changes: Any
+    ) -> PromptBuilder:
         settings = {"chat": False, "soft_slots": True, "max_tokens": 4096} | changes
         constants = {"like_rule": "above 3", "max_rating": "5"}
         wording = template if not isinstance(template, str) else load_template(template)
-        return PromptBuilder(wording, tokens, {"title": TITLES}, USERS, constants, **settings)
+        return PromptBuilder(wording, tokens, {"title": titles}, USERS, constants, **settings)
 
     return make
 

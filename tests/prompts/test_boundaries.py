@@ -72,6 +72,7 @@ WORDS = [
     "Candidate: A\nA rating above 3 counts as liking it. Will this viewer like the candidate?",
     "Reply Yes or No.\nAnswer: Yes\nAnswer: No\n",
     "Does this viewer like these films?\nA? Yes\nB? No\n",
+    "['0. A (4 stars) ', '1. B (1 star) ']\nNote that ONLY USER: A ASSISTANT: Yes ASSISTANT: No",
     "th, Yes th, No USER: ASSISTANT: Yes No No1Rated. Yess",
 ]
 # One word a time, so that no merge spans two words even where nothing splits the text.
@@ -197,7 +198,9 @@ def some_history(size: int, count: int = len(TITLES), shift: int = 0) -> History
     )
 
 
-TEMPLATES = {name: load_template(name) for name in ("plain", "question_answer")} | {"seams": SEAMS}
+TEMPLATES = {
+    name: load_template(name) for name in ("plain", "question_answer", "vicuna_compat")
+} | {"seams": SEAMS}
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -312,15 +315,21 @@ def test_odd_titles_keep_the_ids_equal(titles: list[str], name: str, template: s
     check_equal(made, oracle, 1, 1, some_history(0, len(titles)))
 
 
+@functools.cache
+def cuts_of(name: str, template: str) -> Any:
+    return builder(family(name)[0], TEMPLATES[template]).cuts
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_batch_equals_its_prompts_one_by_one(data: st.DataObject) -> None:
     from rellax_ds.prompts.assemble import Histories, offsets_of
 
     name = data.draw(st.sampled_from(["smollm", "unigram"]))
-    template = data.draw(st.sampled_from(list(TEMPLATES)))
+    template = data.draw(st.sampled_from(["plain", "question_answer", "seams"]))
     limit = data.draw(st.integers(60, 400))
-    made = builder(family(name)[0], TEMPLATES[template], max_tokens=limit)
+    cuts = cuts_of(name, template)
+    made = builder(family(name)[0], TEMPLATES[template], max_tokens=limit, cuts=cuts)
     sizes = np.array(data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=5)))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     total, count = int(sizes.sum()), len(sizes)
@@ -348,8 +357,10 @@ def test_batch_equals_its_prompts_one_by_one(data: st.DataObject) -> None:
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("chat", [True, False])
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    ("template", "chat"),
+    [("plain", True), ("question_answer", True), ("vicuna_compat", False), ("seams", False)],
+)
 def test_smollm2_ids_are_its_own_on_the_whole_text(template: str, chat: bool) -> None:
     try:
         reference = resolve_model("smollm2-135m-instruct").reference
@@ -359,7 +370,7 @@ def test_smollm2_ids_are_its_own_on_the_whole_text(template: str, chat: bool) ->
     oracle = load_tokens(reference)._tokenizer
     oracle.add_special_tokens({"additional_special_tokens": [AddedToken(SLOT, special=True)]})
     made = builder(tokens, TEMPLATES[template], chat=chat)
-    if template != "seams":
+    if template in ("plain", "question_answer"):
         assert made.boundaries == "exact"
     for shift in range(len(TITLES)):
         check_equal(made, oracle, shift % 3, shift, some_history(6, shift=shift))

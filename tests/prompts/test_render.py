@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import logging
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,35 @@ def test_prompt_reads_as_the_template_says(
     assert prompt.slot_items[slots].tolist() == [0, 1, 2, 3, 6, 5]
     assert (prompt.input_ids[slots] == tokens.slot_id).all()
     assert prompt.answers[-1] == 1
+
+
+def test_vicuna_layout_lists_the_history_as_python_writes_a_list(
+    builder: Make, tokens: PromptTokens
+) -> None:
+    titles = ["Don't Look (1990)", "Both \" and ' (1991)", "Back\\slash (1992)", "Plain (1993)"]
+    made = builder("vicuna_compat", titles=titles)
+    ratings = [1, 4, 0.5, 5]
+    prompt = made.build(0, 3, 1, History([0, 1, 2, 3], ratings, [0, 1, 0, 1], [0, 1, 2, 3]))
+    text = tokens._tokenizer.decode(prompt.input_ids[prompt.slot_items < 0])
+    assert text.startswith("USER: The user is male. ")
+    lines = text.splitlines()
+    assert ast.literal_eval(lines[2]) == [
+        f"{n}. {title} ({rating:g} {'star' if rating <= 1 else 'stars'}) "
+        for n, (title, rating) in enumerate(zip(titles, ratings, strict=True))
+    ]
+    assert lines[2] == repr(ast.literal_eval(lines[2]))
+    assert "***Plain (1993)*** .\n" in text
+    assert text.endswith(" ASSISTANT:")
+    before = tokens._tokenizer.decode(prompt.input_ids[: np.flatnonzero(prompt.slot_items >= 0)[0]])
+    assert before.endswith("(1 star) ")
+    bare = tokens._tokenizer.decode(made.build(0, 3, 1, EMPTY).input_ids)
+    assert "[" not in bare
+    assert "]" not in bare
+
+
+def test_opening_gives_way_to_a_chat_wrapper(builder: Make, tokens: PromptTokens) -> None:
+    prompt = builder("vicuna_compat", chat=True).build(0, 5, 1, EMPTY)
+    assert "USER:" not in tokens._tokenizer.decode(prompt.input_ids)
 
 
 def test_history_answers_are_the_tokens_after_their_positions(

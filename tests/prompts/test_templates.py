@@ -17,7 +17,7 @@ answers: {"yes": " Yes", "no": " No"}
 """
 
 
-@pytest.mark.parametrize("name", ["plain", "question_answer"])
+@pytest.mark.parametrize("name", ["plain", "question_answer", "vicuna_compat"])
 def test_shipped_template_loads_and_survives_its_document(name: str) -> None:
     assert name in shipped_templates()
     template = load_template(name)

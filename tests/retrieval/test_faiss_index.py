@@ -66,11 +66,13 @@ def problems(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(problems(), st.integers(1, 20), st.sampled_from([0, 5, 512]))
-def test_flat_search_random_histories_equal_exact_integers(problem, k, tail):
+@given(problems(), st.integers(1, 20), st.sampled_from([0, 5, 512]), st.sampled_from([7, 4096]))
+def test_flat_search_random_histories_equal_exact_integers(problem, k, tail, tile):
     rows, queries, ends = problem
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(faiss_index, "_TAIL", tail)
+        patch.setattr(faiss_index, "_TILE_ROWS", tile)
+        patch.setattr(faiss_index, "_TILE_NUMBERS", 40 * tile)
         found = HistoryIndex.build(rows).search(queries, k, ends)
     for got, wanted in zip(found, exact(rows, queries, ends, k), strict=True):
         assert (got == wanted).all()
@@ -186,6 +188,7 @@ def test_index_refuses_what_it_cannot_answer_exactly():
 def test_actor_keeps_users_apart_and_knows_nothing_of_a_new_one():
     vectors, item = long_history()
     actor = FaissActor(32, options("ivf"), vectors)
+    assert actor.device() == ("cuda" if faiss.get_num_gpus() else "cpu")
     assert actor.add(7, vectors[item[:300]]) == 300
     assert actor.add(8, vectors[item[300:310]]) == 10
     assert actor.add(8, vectors[item[310:320]]) == 20

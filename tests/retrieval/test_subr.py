@@ -16,9 +16,14 @@ def unit(rows):
     return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0).astype(np.float32)
 
 
+def integers(vectors):
+    """Quantised vectors as Python's own integers, in units of 2^-26."""
+    return [[int(x * 2**26) for x in row] for row in vectors.tolist()]
+
+
 def brute_force(vectors, event_item, targets, starts, ends, k):
     """Multiplies with Python's own integers and ranks one sample at a time."""
-    whole = [[int(x) for x in row] for row in quantise(vectors).tolist()]
+    whole = integers(quantise(vectors))
     found = []
     for target, start, end in zip(targets, starts, ends, strict=True):
 
@@ -137,7 +142,7 @@ def test_quantise_products_are_exact_in_any_order(width):
     rows = unit(np.abs(np.random.default_rng(6).normal(size=(4, width))))
     rows[3] = rows[2]
     whole = quantise(rows)
-    exact = [[int(x) for x in row] for row in whole.tolist()]
+    exact = integers(whole)
     expected = [[np.float32(sum(map(int.__mul__, a, b)) / 2**52) for b in exact] for a in exact]
     assert cosine(whole, whole).tolist() == expected
     np.testing.assert_allclose(cosine(whole, whole), rows @ rows.T, atol=4e-7)

@@ -12,7 +12,8 @@ from rellax_ds.config import ShardsConfig
 from rellax_ds.partitions import process
 from rellax_ds.prompts.templates import load_template
 from rellax_ds.shards import pool
-from rellax_ds.shards.write import ShardWorker, write_index, write_scale
+from rellax_ds.shards.index import write_index
+from rellax_ds.shards.write import ShardWorker, write_scale
 from rellax_ds.stages.shards import partitions
 from rellax_ds.tables import Tables, write_parquet, write_tables
 from rellax_ds.testing import made_recommender, made_tables, tiny_tokenizer
@@ -42,7 +43,7 @@ class Inputs:
             "soft_slots": True,
             "history_length": LENGTH,
             "max_tokens": 4096,
-            "label_threshold": 3.0,
+            "like_rule": "above 3",
             "suffix_variant": False,
         } | changes
 

@@ -27,7 +27,9 @@ def copy(shards: Path, tmp_path: Path) -> Path:
 
 
 def files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if not path.name.endswith("committed.json")]
+    """What a commit leaves of the folder."""
+    spent = (".committed.json", ".samples.parquet")
+    return [p for p in sorted(folder.iterdir()) if p.name[0] != "." and not p.name.endswith(spent)]
 
 
 def test_whole_shards_are_counted_split_by_split(shards: Path) -> None:

@@ -124,6 +124,15 @@ def test_half_mixed_shards_are_the_first_rows_of_mixed_ones(
     assert half.keys == whole.keys[:20]
 
 
+def test_index_grows_with_shards_and_not_with_samples(shards: Path) -> None:
+    document = json.loads((shards / "index.json").read_text())
+    for split in document["shards"].values():
+        assert all(set(shard) == {"name", "bytes", "sha256", "n"} for shard in split)
+    assert pq.read_metadata(shards / "samples.parquet").num_rows == sum(
+        shard["n"] for split in document["shards"].values() for shard in split
+    )
+
+
 def test_mixed_shards_hold_both_histories_of_a_shot(mixed: Path) -> None:
     reader = ShardReader.open(mixed, "train")
     recent, retrieved = reader[0], reader[1]

@@ -15,8 +15,9 @@ from rellax_ds.model import adapter_io
 from rellax_ds.model.rellax import build_rellax
 from rellax_ds.partitions import drop_records, process
 from rellax_ds.shards import pool
+from rellax_ds.shards.index import write_index
 from rellax_ds.shards.read import CRM, ShardIndex
-from rellax_ds.shards.write import ShardWorker, write_index, write_scale
+from rellax_ds.shards.write import ShardWorker, write_scale
 from rellax_ds.stages import shards, tables
 from rellax_ds.stages.stage import StageContext
 from rellax_ds.tables import read_tables

@@ -65,6 +65,7 @@ def test_key_follows_what_a_prompt_is_made_of_and_nothing_else(
         change(recipe, model={"spa": False}),
         change(recipe, shards={"max_tokens": 100}),
         change(recipe, data={"label_threshold": 2.0}),
+        change(recipe, data={"label_inclusive": True}),
     ):
         assert STAGE.parts(changed, work) != before
     mine = tmp_path / "mine.yaml"
@@ -85,7 +86,13 @@ def test_stage_on_ray_equals_its_partitions_done_one_by_one(
     manifest = STAGE.run(recipe, work)
     folder = work.stage_dir("shards")
     assert manifest.counts["train"]["rows"] == 40
-    assert not list(folder.glob("*.committed.json"))
+    names = {path.name for path in folder.iterdir()}
+    assert {name for name in names if not name.endswith(".tar")} == {
+        "crm.safetensors",
+        "index.json",
+        "manifest.json",
+        "samples.parquet",
+    }
     reader = ShardReader.open(folder, "train")
     assert len(reader) == 40
     assert STAGE.run(recipe, work) == manifest

@@ -10,7 +10,7 @@ import yaml
 
 from rellax_ds import made_logs
 from rellax_ds.artifacts import WorkDir
-from rellax_ds.config import load_recipe, parse_recipe
+from rellax_ds.config import DataConfig, load_recipe, parse_recipe
 from rellax_ds.errors import AssetError
 from rellax_ds.stages.tables import STAGE
 from rellax_ds.tables import movielens, oracles, read_tables
@@ -60,6 +60,12 @@ def test_tables_stage_changed_setting_runs_again(raw, tmp_path, data):
     work = WorkDir(tmp_path / "work")
     first = STAGE.run(recipe(raw), work)
     assert STAGE.run(recipe(raw, **data), work).content != first.content
+
+
+def test_tables_stage_key_holds_every_setting_but_the_places_of_files():
+    settings = {f"data.{name}" for name in DataConfig.model_fields}
+    places = {"data.path", "data.events", "data.items", "data.users"}
+    assert set(STAGE.sections) == settings - places
 
 
 def test_tables_stage_changed_raw_file_runs_again(raw, tmp_path):

@@ -141,6 +141,12 @@ def test_read_one_id_with_a_letter_makes_all_ids_text_in_byte_order(tmp_path):
     assert log.events["user_id"].to_list() == ["10", "9", "u", "9"]
 
 
+@pytest.mark.parametrize("other", ["007", "+7", "1e3", "12345678901234567890"])
+def test_read_ids_that_are_no_plain_integers_stay_text(tmp_path, other):
+    (tmp_path / "events.csv").write_text(f"customer,sku,stars,at\n{other},1,1,1\n9,1,1,2\n")
+    assert set(generic.read(config(tmp_path)).users["user_id"].to_list()) == {other, "9"}
+
+
 def test_read_integer_ids_sort_as_integers(tmp_path):
     (tmp_path / "events.csv").write_text("customer,sku,stars,at\n10,1,1,1\n9,1,1,2\n100,1,1,3\n")
     assert generic.read(config(tmp_path)).users["user_id"].to_list() == [9, 10, 100]
@@ -206,6 +212,7 @@ def test_read_label_of_truth_values_in_parquet_and_digits_in_csv(tmp_path, endin
         ("a,b,,1", r"stars '' is no finite number"),
         ("a,b,good,1", r"stars 'good' is no finite number"),
         ("a,b,1,", r"at '' is no time in seconds since 1970; data.columns.time_unit is s"),
+        ("a,b,1,-0.5", r"at '-0.5' is no time in seconds"),
         ("a,b,1,-5", r"at '-5' is no time in seconds"),
         ("a,b,1,1700000000000", r"at '1700000000000' is no time in seconds"),
         ("a,b,1,2024-01-31", r"at '2024-01-31' is no time in seconds"),

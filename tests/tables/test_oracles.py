@@ -83,6 +83,23 @@ def test_check_other_rules_are_not_compared(tables, release, changes):
     assert oracles.check(config, tables).startswith("not compared, the recipe's rules")
 
 
+@pytest.mark.parametrize(
+    ("changes", "follows"),
+    [
+        ({}, True),
+        ({"split": (0.7, 0.2, 0.1)}, True),
+        ({"split": (0.8, 0.05, 0.15)}, False),
+        ({"drop_implicit": True}, False),
+        ({"samples_per_user": "all"}, False),
+        ({"min_history": 4}, False),
+    ],
+)
+def test_follows_published_rules_of_bookcrossing(changes, follows):
+    published = {"split_by": "user", "samples_per_user": "last", "path": "bx"}
+    config = DataConfig.model_validate({"dataset": "bookcrossing"} | published | changes)
+    assert oracles.follows_published_rules(config) == follows
+
+
 def test_check_frozen_history_is_compared(tables, release):
     assert oracles.check(DataConfig(freeze_history=True), tables) == "met, Made"
 

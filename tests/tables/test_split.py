@@ -222,6 +222,21 @@ def test_build_tables_by_user_test_users_do_not_depend_on_the_share_of_valid(val
     assert found[0] == found[1]
 
 
+def test_build_tables_by_user_shares_are_of_users_with_a_sample():
+    log = many_users(20)
+    few = pl.col("user_id") >= 10  # these keep one event, which is history
+    events = log.events.filter(~few | (pl.col("item_id") == 0))
+    config = DataConfig(split_by="user", samples_per_user="last", min_history=1)
+    tables = build_tables(RawLog(log.users, log.items, events), config)
+    assert tables.samples["split"].to_pylist() == [0] * 8 + [1] + [2]
+
+
+def test_build_tables_by_user_share_a_rounding_error_below_a_whole_number_is_that_number():
+    config = DataConfig(split_by="user", min_history=3, split=(0.15, 0.6, 0.25))
+    _, split = users_in_order(build_tables(many_users(7), config))
+    assert split == [0] + [1] * 4 + [2] * 2  # 0.6 / 0.75 of 5 users
+
+
 def test_build_tables_by_user_too_few_users_are_refused():
     config = DataConfig(split_by="user", min_history=1)
     with pytest.raises(TableError, match="a split is empty"):

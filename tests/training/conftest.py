@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rellax_ds.artifacts import WorkDir, file_sha256
 from rellax_ds.partitions import PartitionRecord
-from rellax_ds.shards.read import CRM, scan_shard
-from rellax_ds.shards.write import write_index
+from rellax_ds.shards.index import write_columns, write_index
+from rellax_ds.shards.read import CRM
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,22 +85,24 @@ def write_shards(folder: Path, poisoned: bool) -> None:
     records, number = [], 0
     for split, rows in ROWS.items():
         path = folder / f"{split}-00000.tar"
-        counts: dict[str, Any] = {"split": split, "n": rows, "tokens": [], "labels": []}
-        counts |= {"dropped": [0] * rows, "clipped": 0}
+        columns: dict[str, list[int]] = {"sample": [], "tokens": [], "label": []}
         with path.open("wb") as file, webdataset.TarWriter(file, mtime=0, encoder=False) as tar:
             for _ in range(rows):
                 member, length = _sample(number, split, random, poisoned and number == 0)
                 tar.write(member)
-                counts["tokens"].append(length)
-                counts["labels"].append(number % 2)
+                columns["sample"].append(number)
+                columns["tokens"].append(length)
+                columns["label"].append(number % 2)
                 number += 1
-        counts |= scan_shard(path)
+        write_columns(path, {**columns, "variant": [0] * rows}, mixed=False)
+        counts = {"split": split, "n": rows, "dropped": {"0": rows}, "clipped": 0}
         facts = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         records.append(PartitionRecord(path.stem, {path.name: facts}, counts, reused=False))
     facts = {
         "answer_ids": {"yes": YES, "no": NO},
         "history_supervised": False,
         "soft_slots": True,
+        "mixed": False,
         "slot_id": SLOT,
         "item_width": ITEM_WIDTH,
         "instance_width": INSTANCE_WIDTH,

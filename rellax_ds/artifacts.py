@@ -119,7 +119,7 @@ class WorkDir:
             if found != facts["bytes"]:
                 size = "missing" if found is None else f"{found} bytes"
                 raise ArtifactError(
-                    f"{path}: {size}, its manifest says {facts['bytes']}; run `rellax {stage}` again"
+                    f"{path}: {size}, manifest says {facts['bytes']}; run `rellax {stage}` again"
                 )
 
     def open(self, stage: str, parts: Mapping[str, str], recipe: Mapping[str, Any]) -> StageRun:

@@ -41,6 +41,7 @@ def build(context: StageContext) -> dict[str, Any]:
         context.directory,
         context.key,
         num_gpus=1.0 if settings.device == "cuda" else 0.0,
+        unit="samples",
     )
     path = context.directory / "retrieved.parquet"
     num_samples = pq.read_metadata(tables / "samples.parquet").num_rows

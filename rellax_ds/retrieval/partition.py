@@ -39,6 +39,7 @@ _COLUMNS = ("item", "sample", "event", "start", "end")
 _SCHEMA = pa.schema(list(schema.RETRIEVED.items()))
 _PART_GROUP = 1 << 10
 _CHUNK = 1 << 15
+_FILE_GROUP = 1 << 11  # shots are drawn at random: one row decodes a group
 _SORTED_IDS = "DELTA_BINARY_PACKED"
 _ENCODING = {
     "sample": _SORTED_IDS,
@@ -160,7 +161,8 @@ def merge(parts: Sequence[Path], path: Path, num_samples: int) -> None:
                     f"{path}: the parts do not hold samples {first} to {last - 1} once each; "
                     "delete the stage's folder in .running and run `rellax retrieval` again"
                 )
-            writer.write_table(table.take(pa.array(order)).combine_chunks())
+            whole = table.take(pa.array(order)).combine_chunks()
+            writer.write_table(whole, row_group_size=_FILE_GROUP)
 
 
 class _Cursor:

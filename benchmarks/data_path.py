@@ -72,7 +72,7 @@ def main() -> int:
     runtime.prepare()
     if options.generate is not None:
         return generate(options.generate, options.sizes[0])
-    report = Report("data path")
+    report = Report(f"data path {' '.join(options.sizes)}")
     with tempfile.TemporaryDirectory(prefix="rellax-data-path-") as name:
         folder = Path(name)
         for size in options.sizes:

@@ -3,8 +3,8 @@
 Default, on an ML-1M-shaped log: the published way takes a data-frame row at a time, gathers the
 history's vectors by an id map, multiplies, sorts everything and keeps K; the limit is the time of
 nothing but float32 matrix products and `topk` on the same user and prefix blocks, without gather,
-mask or output. All three run in turns in one process and on all cores, each
-once to warm up and once for the clock. Gate: equal results on every sampled row.
+mask or output. All three run in turns in one process and on all cores, each once to warm up and
+once for the clock. Gate: equal results on every sampled row.
 
 `--shape ml25m`: the whole search of an ML-25M-shaped log in a process of its own, from columns on
 disk to the merged table on disk, and its peak memory. Gate: sampled rows against brute force.

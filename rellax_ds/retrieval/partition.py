@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("item", "sample", "event", "start", "end")
 _SCHEMA = pa.schema(list(schema.RETRIEVED.items()))
-_PART_GROUP = 1 << 13
-_CHUNK = 1 << 17
+_PART_GROUP = 1 << 10
+_CHUNK = 1 << 15
+_FILE_GROUP = 1 << 11  # shots are drawn at random: one row decodes a group
 _SORTED_IDS = "DELTA_BINARY_PACKED"
 _ENCODING = {
     "sample": _SORTED_IDS,
@@ -160,14 +161,20 @@ def merge(parts: Sequence[Path], path: Path, num_samples: int) -> None:
                     f"{path}: the parts do not hold samples {first} to {last - 1} once each; "
                     "delete the stage's folder in .running and run `rellax retrieval` again"
                 )
-            writer.write_table(table.take(pa.array(order)).combine_chunks())
+            whole = table.take(pa.array(order)).combine_chunks()
+            writer.write_table(whole, row_group_size=_FILE_GROUP)
 
 
 class _Cursor:
-    """A part read from its start, one row group at a time."""
+    """A part read from its start, one row group at a time.
+
+    There may be thousands, so none holds its file open or reads ahead.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._batches = pq.ParquetFile(path).iter_batches(_PART_GROUP)
+        self._path = path
+        self._metadata = pq.read_metadata(path)
+        self._next = 0
         self._held = _SCHEMA.empty_table()
 
     def until(self, last: int) -> pa.Table:
@@ -178,10 +185,11 @@ class _Cursor:
             count = int(np.searchsorted(sample, last))
             taken.append(self._held.slice(0, count))
             self._held = self._held.slice(count)
-            batch = None if count < sample.size else next(self._batches, None)
-            if batch is None:
+            if count < sample.size or self._next == self._metadata.num_row_groups:
                 return pa.concat_tables(taken)
-            self._held = pa.Table.from_batches([batch]).cast(_SCHEMA)
+            with pq.ParquetFile(self._path, metadata=self._metadata, pre_buffer=False) as file:
+                self._held = file.read_row_group(self._next, use_threads=False)
+            self._next += 1
 
 
 def _writer(path: Path) -> pq.ParquetWriter:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from rellax_ds.prompts.spans import Cuts
 
 _FLOOR = 0.25
+_MOMENT_ROWS = 1 << 16
 _ROWS_AT_ONCE = 4096
 
 
@@ -295,10 +296,10 @@ def write_scale(crm: Path, path: Path, rows: npt.NDArray[np.int64]) -> dict[str,
     table = _load_matrix(crm / "item_table.npy")
     instances = _load_matrix(crm / "instances.npy")
     seen = table.any(axis=1)
-    item_mean, item_std = _moments(table[seen])
+    item_mean, item_std = _moments(table, np.flatnonzero(seen))
     standard = np.zeros(table.shape, np.float32)
     standard[seen] = (table[seen] - item_mean) / item_std
-    mean, std = _moments(instances[np.sort(rows)])
+    mean, std = _moments(instances, np.sort(rows))
     if not (np.isfinite(standard).all() and np.isfinite(mean).all() and np.isfinite(std).all()):
         raise ArtifactError(f"{crm}: the recommender's outputs are not finite; run `rellax crm`")
     save_file({"item_table": standard, "instance_mean": mean, "instance_std": std}, path)
@@ -309,7 +310,8 @@ def _read_events(
     tables: Path,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.int8]]:
     """Columns item, rating and label of the events."""
-    table = read_parquet(tables / "events.parquet", schema.EVENTS)
+    wanted = {name: schema.EVENTS[name] for name in ("item", "rating", "label")}
+    table = read_parquet(tables / "events.parquet", wanted, only=True)
     return (
         table.column("item").to_numpy(),
         table.column("rating").to_numpy(),
@@ -317,14 +319,19 @@ def _read_events(
     )
 
 
-def _moments(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def _moments(
+    matrix: npt.NDArray[Any], rows: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Mean and floored deviation of every column over some rows, read in pieces."""
+    width = matrix.shape[1]
     if not len(rows):
-        width = rows.shape[1]
         return np.zeros(width, np.float32), np.ones(width, np.float32)
-    wide = rows.astype(np.float64)
-    std = wide.std(axis=0)
+    pieces = np.array_split(rows, 1 + len(rows) // _MOMENT_ROWS)
+    mean = sum(matrix[part].sum(axis=0, dtype=np.float64) for part in pieces) / len(rows)
+    squares = sum(((matrix[part] - mean) ** 2).sum(axis=0) for part in pieces)
+    std = np.sqrt(squares / len(rows))
     floor = _FLOOR * float(std.mean()) or 1.0
-    return wide.mean(axis=0).astype(np.float32), np.maximum(std, floor).astype(np.float32)
+    return mean.astype(np.float32), np.maximum(std, floor).astype(np.float32)
 
 
 def _load_matrix(path: Path) -> npt.NDArray[np.float32]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 COLUMNS = "columns"
 """Folder of the arrays that workers map; gone from the artefact."""
 
+_GROUPS = 16
+
 
 def build(context: StageContext) -> dict[str, Any]:
     """Retrieve on Ray, merge the parts and measure the heterogeneity."""
@@ -41,6 +43,7 @@ def build(context: StageContext) -> dict[str, Any]:
         context.directory,
         context.key,
         num_gpus=1.0 if settings.device == "cuda" else 0.0,
+        unit="samples",
     )
     path = context.directory / "retrieved.parquet"
     num_samples = pq.read_metadata(tables / "samples.parquet").num_rows
@@ -59,9 +62,7 @@ def build(context: StageContext) -> dict[str, Any]:
 
 
 def measure(tables: Path, retrieved: Path, at: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Heterogeneity of the test samples, one row group of the retrieved lists in memory at a
-    time.
-    """
+    """Heterogeneity of the test samples, a few row groups of the retrieved lists at a time."""
     wanted = {
         "items": ["genre"],
         "events": ["item"],
@@ -71,7 +72,8 @@ def measure(tables: Path, retrieved: Path, at: Sequence[int]) -> dict[str, dict[
         name: pq.read_table(tables / f"{name}.parquet", columns=c) for name, c in wanted.items()
     }
     file = pq.ParquetFile(retrieved)
-    pieces = (file.read_row_group(n) for n in range(file.num_row_groups))
+    numbers = range(file.num_row_groups)
+    pieces = (file.read_row_groups(numbers[n : n + _GROUPS]) for n in numbers[::_GROUPS])
     return heterogeneity(read["items"], read["events"], read["samples"], pieces, at)
 
 

@@ -50,7 +50,7 @@ def _identities(recipe: Recipe) -> dict[str, str]:
 
 STAGE = Stage(
     name="tables",
-    version=1,
+    version=2,
     # Not `data.path` nor file names: the raw files' identities stand for them, so a moved folder is
     # the same input.
     sections=(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-_ROW_GROUP = 1 << 17
+_ROW_GROUP = 1 << 13  # a few hundred random rows decode a few hundred groups: keep them small
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,19 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     pq.write_table(table.combine_chunks(), path, compression="zstd", row_group_size=_ROW_GROUP)
 
 
-def read_parquet(path: Path, columns: Mapping[str, pa.DataType]) -> pa.Table:
+def read_parquet(path: Path, columns: Mapping[str, pa.DataType], *, only: bool = False) -> pa.Table:
     """Read one table and check it against `columns`, one of the mappings of `rellax_ds.schema`.
+
+    Args:
+        path: Parquet file.
+        columns: Name to type of the columns it must have.
+        only: Read these columns and no others.
 
     Raises:
         TableError: The file is absent, no Parquet, or not of the promised form.
     """
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, columns=list(columns) if only else None)
     except FileNotFoundError:
         raise TableError(f"{path}: no such file; rerun the stage that writes it") from None
     except (pa.ArrowInvalid, OSError) as error:

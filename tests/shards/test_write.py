@@ -11,6 +11,7 @@ import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from rellax_ds.config import ShardsConfig
 from rellax_ds.errors import ArtifactError, ConfigError, TableError
@@ -278,3 +279,16 @@ def test_scale_of_outputs_that_are_not_finite_is_refused(inputs: Any, tmp_path: 
     np.save(tmp_path / "instances.npy", bad)
     with pytest.raises(ArtifactError, match="not finite"):
         write_scale(tmp_path, tmp_path / "crm.safetensors", np.arange(3))
+
+
+def test_scale_measured_in_pieces_is_that_of_all_rows(
+    inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crm, rows = inputs.root / "4_crm", np.arange(50, 120)
+    monkeypatch.setattr(write, "_MOMENT_ROWS", 16)
+    write_scale(crm, tmp_path / "pieces", rows)
+    found = load_file(tmp_path / "pieces")
+    instances = np.load(crm / "instances.npy")[rows].astype(np.float64)
+    std = instances.std(axis=0)
+    np.testing.assert_allclose(found["instance_mean"], instances.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(found["instance_std"], np.maximum(std, std.mean() / 4), rtol=1e-6)

@@ -1,11 +1,11 @@
 """The K best behaviours of a sample: look the scores up, find the K-th largest, write what reaches
 it.
 
-A heap spends its time on mispredicted branches. Here float32 scores become integers of the same
-order, and the K-th largest is found by halving an interval and counting the scores above its
-middle: straight loops that the compiler turns into vector instructions, about a dozen of them
-before the count is K. Nothing is sorted, because events are written in the order they lie in, which
-is time. Compiled by numba, outside the interpreter's lock, so that threads run side by side.
+Scores become integers of the same order as the float32 they are, and the K-th largest is found by
+halving an interval and counting the scores above its middle, until the count is K: straight loops,
+which the compiler can turn into vector instructions, where a heap would branch at every score.
+Nothing is sorted, because events are written in the order they lie in, which is time. Compiled by
+numba, outside the interpreter's lock, so that threads run side by side.
 """
 
 from __future__ import annotations

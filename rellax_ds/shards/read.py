@@ -58,7 +58,8 @@ splits, shards and places; a shard has as many as `index.json` says.
 
 _BLOCK = 512
 _MAX_MEMBER = 16 << 20
-_REMEDY = "run `rellax shards` again (delete the folder first if it says up to date)"
+REMEDY = "run `rellax shards` again (delete the folder first if it says up to date)"
+"""What every message about a damaged shard ends with."""
 
 
 @dataclass(frozen=True)
@@ -200,11 +201,11 @@ class ShardIndex:
         except FileNotFoundError:
             raise ShardError(f"{path}: no such file; run `rellax shards` first") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ShardError(f"{path}: cannot be read ({error}); {_REMEDY}") from None
+            raise ShardError(f"{path}: cannot be read ({error}); {REMEDY}") from None
         if digest(rest) != stated:
-            raise ShardError(f"{path}: its content does not match its digest; {_REMEDY}")
+            raise ShardError(f"{path}: its content does not match its digest; {REMEDY}")
         if document["format"] != FORMAT:
-            raise ShardError(f"{path}: format {document['format']}, expected {FORMAT}; {_REMEDY}")
+            raise ShardError(f"{path}: format {document['format']}, expected {FORMAT}; {REMEDY}")
         return cls(folder, document)
 
     @property
@@ -244,10 +245,10 @@ class ShardIndex:
         try:
             table = schema.check_table(pq.read_table(path), SAMPLE_COLUMNS, str(path))
         except (OSError, pa.ArrowInvalid, TableError) as error:
-            raise ShardError(f"{path}: cannot be read ({error}); {_REMEDY}") from None
+            raise ShardError(f"{path}: cannot be read ({error}); {REMEDY}") from None
         wanted = sum(shard["n"] for shards in self.document["shards"].values() for shard in shards)
         if table.num_rows != wanted:
-            raise ShardError(f"{path}: {table.num_rows} rows, not {wanted}; {_REMEDY}")
+            raise ShardError(f"{path}: {table.num_rows} rows, not {wanted}; {REMEDY}")
         return table.combine_chunks()
 
     def rows(self, split: str) -> pa.Table:
@@ -408,7 +409,7 @@ def check_file(path: Path, facts: dict[str, Any], verify: str = "sha256") -> Non
     try:
         size = path.stat().st_size
     except OSError:
-        raise ShardError(f"{path}: no such file; {_REMEDY}") from None
+        raise ShardError(f"{path}: no such file; {REMEDY}") from None
     if size != facts["bytes"]:
         raise _damaged(str(path), min(size, facts["bytes"]), f"{size} bytes, not {facts['bytes']}")
     if verify == "sha256" and file_sha256(path) != facts["sha256"]:
@@ -416,4 +417,4 @@ def check_file(path: Path, facts: dict[str, Any], verify: str = "sha256") -> Non
 
 
 def _damaged(where: str, offset: int, what: str) -> ShardError:
-    return ShardError(f"{where}, offset {offset}: {what}; {_REMEDY}")
+    return ShardError(f"{where}, offset {offset}: {what}; {REMEDY}")

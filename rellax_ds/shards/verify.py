@@ -15,12 +15,10 @@ import numpy as np
 
 from rellax_ds import schema
 from rellax_ds.errors import ShardError
-from rellax_ds.shards.read import INDEX, ShardIndex, ShardReader, check_file, scan_shard
+from rellax_ds.shards.read import INDEX, REMEDY, ShardIndex, ShardReader, check_file, scan_shard
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-_REMEDY = "run `rellax shards` again (delete the folder first if it says up to date)"
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,9 @@ def verify_shards(folder: Path, stated: dict[str, Any] | None = None) -> list[Ve
     named = {shard["name"] for shards in index.document["shards"].values() for shard in shards}
     for path in sorted(folder.glob("*.tar")):
         if path.name not in named:
-            raise ShardError(f"{path}: the index names no such shard; {_REMEDY}")
+            raise ShardError(f"{path}: the index names no such shard; {REMEDY}")
     if index.item_table.shape[1] != index.item_width:
-        raise ShardError(f"{folder}: item table of another width than the index says; {_REMEDY}")
+        raise ShardError(f"{folder}: item table of another width than the index says; {REMEDY}")
     return [_verify_split(index, split) for split in schema.SPLITS]
 
 
@@ -82,14 +80,13 @@ def _verify_split(index: ShardIndex, split: str) -> Verified:
             np.array([sample[1:] for sample in found], np.int64).reshape(-1, 3), places[first:stop]
         ):
             raise ShardError(
-                f"{index.folder / shard['name']}: holds other samples than the index says;"
-                f" {_REMEDY}"
+                f"{index.folder / shard['name']}: holds other samples than the index says; {REMEDY}"
             )
         first = stop
     if index.document["splits"][split]["rows"] != first:
         raise ShardError(
             f"{index.folder}: {first} samples of {split}, but the index counts"
-            f" {index.document['splits'][split]['rows']}; {_REMEDY}"
+            f" {index.document['splits'][split]['rows']}; {REMEDY}"
         )
     return Verified(
         split,

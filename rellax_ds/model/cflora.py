@@ -359,21 +359,22 @@ def start_from(llm: Any, folder: Path) -> None:
     The folder may hold a plain PEFT LoRA. Gates the folder lacks keep their initial value.
 
     Raises:
-        CheckpointError: The folder holds no adapter for exactly these layers and shapes.
+        CheckpointError: The folder holds no adapter for exactly these layers and shapes, or its
+            gates are of another kind.
     """
     saved = read_tensors(folder / WEIGHTS)
     wanted = adapter_tensors(llm)
     optional = {name for name in wanted if f".{CONTAINER}." in name}
+    gated = bool(optional) and any(f".{CONTAINER}." in name for name in saved)
+    _check_origin(llm, folder, gated)
     saved = {
         name: tensor
         for name, tensor in saved.items()
         if name in wanted or f".{CONTAINER}." not in name
     }
-    with_gates = bool(optional & set(saved))
-    if not with_gates:
+    if not gated:
         wanted = {name: parameter for name, parameter in wanted.items() if name not in optional}
     check_tensors(saved, wanted, folder / WEIGHTS)
-    _check_origin(llm, folder, with_gates)
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(saved[name])
@@ -389,7 +390,7 @@ def adapter_tensors(llm: Any, adapter_name: str = ADAPTER) -> dict[str, torch.Te
     return state
 
 
-def _check_origin(llm: Any, folder: Path, with_gates: bool) -> None:
+def _check_origin(llm: Any, folder: Path, gated: bool) -> None:
     try:
         saved = peft.PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:
@@ -400,7 +401,7 @@ def _check_origin(llm: Any, folder: Path, with_gates: bool) -> None:
             f"{folder}: trained with alpha / rank = {saved.lora_alpha} / {saved.r}, the recipe has "
             f"{ours.lora_alpha} / {ours.r}; set model.alpha to match"
         )
-    if with_gates and saved.spec.function != ours.spec.function:
+    if gated and saved.spec.function != ours.spec.function:
         raise CheckpointError(
             f"{folder}: its gates compute {saved.spec.function}, the recipe wants "
             f"{ours.spec.function}; set the model.interaction fields to match"

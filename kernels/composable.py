@@ -8,6 +8,8 @@ pass.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +19,25 @@ from rellax_ds.kernels.philox import Dropout, keep_mask
 
 if TYPE_CHECKING:
     from rellax_ds.kernels.rows import Rows
+
+
+@functools.cache
+def arithmetic(device_type: str) -> Path:
+    """The best arithmetic for low-rank terms beside a base that is called normally."""
+    if device_type == "cpu":
+        return _load("rellax_ds.kernels.cpu", "CpuPath") or ComposablePath()
+    if device_type == "cuda":
+        return _load("rellax_ds.kernels.launch", "CublasPath") or ComposablePath()
+    return ComposablePath()
+
+
+def _load(module: str, name: str) -> Path | None:
+    try:
+        found = importlib.import_module(module)
+    except ImportError:
+        return None
+    usable = not getattr(found, "unavailable", str)()
+    return getattr(found, name)() if usable else None
 
 
 class ComposablePath(Path):

@@ -25,6 +25,7 @@ class Rows:
         samples: S, the number of gates; a sample may own no row.
         runs: Non-empty runs in the order of their rows; together they cover all T rows.
         uniform_length: L where T = S * L and row t belongs to sample t // L, else None.
+        table: The runs as int64 [n, 3] on the CPU.
     """
 
     def __init__(self, runs: Sequence[Run], samples: int) -> None:
@@ -40,6 +41,7 @@ class Rows:
                 )
             position += count
         self.uniform_length = self._uniform_length()
+        self.table = torch.tensor(self.runs, dtype=torch.int64).reshape(-1, 3)
         self._ids: dict[torch.device, torch.Tensor] = {}
         self._tiles: dict[tuple[int, torch.device], torch.Tensor] = {}
 

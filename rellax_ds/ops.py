@@ -18,8 +18,8 @@ from torch import nn
 
 from rellax_ds import runtime
 from rellax_ds.errors import ConfigError, KernelUnavailableError
-from rellax_ds.kernels import reference
-from rellax_ds.kernels.composable import ComposablePath
+from rellax_ds.kernels import compiled, reference
+from rellax_ds.kernels.composable import arithmetic
 from rellax_ds.kernels.function import Call, CFLora, Path, Tensors
 from rellax_ds.kernels.philox import Dropout, draw_seed, threshold_of
 from rellax_ds.kernels.rows import Rows
@@ -145,9 +145,15 @@ def cflora(
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    rows = rows or _default_rows(x)
+    threshold = _threshold(dropout_p) if training else 0
+    if torch.compiler.is_compiling():
+        return _compiled(x, bases, factors, rows, threshold, share_dropout, seed)
+    rows = _default_rows(x) if rows is None else rows
     _check(x, bases, factors, rows)
-    dropout = _dropout(x, dropout_p, training, share_dropout, seed, len(bases))
+    streams = (0,) * len(bases) if share_dropout else tuple(range(len(bases)))
+    dropout = None
+    if threshold:
+        dropout = Dropout(draw_seed(x.device) if seed is None else seed, threshold, streams)
     name, dense = _choose(path or _asked, x, bases, factors)
     if name == "reference":
         return _reference(x, bases, factors, rows, dropout)
@@ -253,16 +259,31 @@ def _instance(path: str) -> Path:
     return cast("Path", getattr(importlib.import_module(module), name)())
 
 
-_COMPOSABLE = ComposablePath()
-
-
 def _path(name: str, x: torch.Tensor) -> Path:
-    """Arithmetic of a path; `composable` borrows the best low-rank arithmetic of the device."""
-    if name != "composable":
-        return _instance(name)
-    if x.device.type == "cpu" and not _missing("cpu"):
-        return _instance("cpu")
-    return _COMPOSABLE
+    return arithmetic(x.device.type) if name == "composable" else _instance(name)
+
+
+def _compiled(
+    x: torch.Tensor,
+    bases: Sequence[Dense | nn.Module],
+    factors: Sequence[Factors],
+    rows: Rows | None,
+    threshold: int,
+    share: bool,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """The call inside `torch.compile`: frozen layers in the graph, low-rank terms opaque."""
+    layout = compiled.layout_of(rows, x)
+    flat = x.reshape(-1, x.shape[-1])
+    if seed is None:
+        seed = draw_seed(x.device) if threshold else torch.zeros(1, dtype=torch.int64)
+    outputs = []
+    for m, (base, f) in enumerate(zip(bases, factors, strict=True)):
+        y = _call(base, flat)
+        stream = 0 if share else m
+        y = compiled.update(y, flat, f.A, f.B, f.gates, seed, layout, f.scaling, threshold, stream)
+        outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+    return tuple(outputs)
 
 
 def _reference(
@@ -303,17 +324,11 @@ def _default_rows(x: torch.Tensor) -> Rows:
     return Rows.padded(1, x.numel() // max(x.shape[-1], 1))
 
 
-def _dropout(
-    x: torch.Tensor, p: float, training: bool, share: bool, seed: torch.Tensor | None, modules: int
-) -> Dropout | None:
+def _threshold(p: float) -> int:
     try:
-        threshold = threshold_of(p)
+        return threshold_of(p)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if not training or not threshold:
-        return None
-    streams = (0,) * modules if share else tuple(range(modules))
-    return Dropout(draw_seed(x.device) if seed is None else seed, threshold, streams)
 
 
 def _check(

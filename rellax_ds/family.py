@@ -41,6 +41,20 @@ EXPERTS = (*ROUTED, "block_full")
 STATIC = ("identity", "full_static")
 """Kinds whose M is the same for every sample."""
 
+METHODS = {
+    "identity": "LoRA",
+    "scalar": "gated LoRA",
+    "diag": "diagonal LoRA",
+    "block": "iLoRA",
+    "block_full": "block LoRA",
+    "moe": "MoELoRA",
+    "rec_sum": "RecLoRA (sum)",
+    "rec_prod": "RecLoRA",
+    "full": "CFLoRA",
+    "full_static": "static CFLoRA",
+}
+"""What each kind is called in a report."""
+
 MAX_MLP_OUTPUTS = 32 * 32
 """Most entries of M the MLP head computes at its default width, which is twice their number: its
 parameters grow with their square, 2 r^4 for a full M.

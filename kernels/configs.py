@@ -49,43 +49,64 @@ def _launch(num_warps: int, num_stages: int, **tiles: int) -> Launch:
     return Launch(tuple(tiles.items()), num_warps, num_stages)
 
 
-KERNELS = ("down", "gemm", "grad_up", "grad_gate", "grad_a")
+KERNELS = ("down", "gemm", "gemm_masked", "grad_up", "grad_gate", "grad_a")
+"""Keys of the table; `gemm_masked` is the product that unpacks stored masks."""
 
 _INTERPRETER = {
     "down": _launch(4, 1, BM=32, BK=64),
     "gemm": _launch(4, 1, BM=32, BN=64, BK=32, GROUP=4),
+    "gemm_masked": _launch(4, 1, BM=32, BN=64, BK=32, GROUP=4),
     "grad_up": _launch(4, 1, BM=32, BN=64),
     "grad_gate": _launch(4, 1, BM=32),
     "grad_a": _launch(4, 1, BM=32, BN=64),
 }
 _AMPERE = {
-    "down": _launch(8, 3, BM=64, BK=128),
+    "down": _launch(8, 3, BM=64, BK=64),
     "gemm": _launch(8, 3, BM=128, BN=128, BK=64, GROUP=8),
+    "gemm_masked": _launch(8, 3, BM=128, BN=128, BK=64, GROUP=8),
     "grad_up": _launch(8, 2, BM=64, BN=256),
-    "grad_gate": _launch(4, 1, BM=64),
-    "grad_a": _launch(8, 2, BM=64, BN=256),
+    "grad_gate": _launch(8, 1, BM=64),
+    "grad_a": _launch(8, 3, BM=64, BN=128),
 }
 _HOPPER = {
     **_AMPERE,
     "gemm": _launch(8, 4, BM=128, BN=256, BK=64, GROUP=8),
+    "grad_up": _launch(8, 2, BM=64, BN=512),
 }
-_BLACKWELL = _AMPERE
+_BLACKWELL = {**_AMPERE, "grad_up": _launch(8, 2, BM=64, BN=512)}
+
+_WIDE_RANK = {
+    80: {"down": {"BM": 32}},
+    90: {},
+    100: {"gemm_masked": {"BN": 64}},
+}
+_WIDE_RANK_ANYWHERE = {
+    "gemm": {"num_stages": 3},
+    "gemm_masked": {"num_stages": 2},
+    "grad_up": {"BN": 128},
+    "grad_gate": {"BM": 32},
+}
+"""What changes when a rank fills a block of 64, by architecture and for all."""
 
 _BY_ARCHITECTURE = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
 
 
-def launch(kernel: str, architecture: int | None, itemsize: int) -> Launch:
+def launch(kernel: str, architecture: int | None, itemsize: int, block_rank: int = 16) -> Launch:
     """Configuration of a kernel.
 
     Args:
         kernel: One of `KERNELS`.
         architecture: Compute capability times ten; None is Triton's interpreter.
         itemsize: Bytes of an element of x; four-byte tiles take half the depth and stages.
+        block_rank: Registers a rank takes, a power of two.
     """
     if architecture is None:
         return _INTERPRETER[kernel]
-    known = [key for key in _BY_ARCHITECTURE if key <= architecture] or [80]
-    chosen = _BY_ARCHITECTURE[max(known)][kernel]
+    known = max([key for key in _BY_ARCHITECTURE if key <= architecture] or [80])
+    chosen = _BY_ARCHITECTURE[known][kernel]
+    if block_rank >= 64:
+        chosen = chosen.with_(**_WIDE_RANK_ANYWHERE.get(kernel, {}))
+        chosen = chosen.with_(**_WIDE_RANK[known].get(kernel, {}))
     if itemsize == 4:
         halved = {name: max(size // 2, 16) for name, size in chosen.tiles if name in ("BK", "BN")}
         return chosen.with_(num_stages=min(chosen.num_stages, 2), **halved)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _MIN_ARCHITECTURE = 80
 _MIN_BLOCK_RANK = 16
 _STACK = 3
-_ROW_SHARES = 16
+_PROGRAMS = 96
 _TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -298,7 +298,7 @@ def _gemm(
 ) -> None:
     out = tensors[5]
     assert out is not None
-    config = _config("gemm", out)
+    config = _config("gemm_masked" if flags["STORED"] else "gemm", out, rank)
     grid = (triton.cdiv(sizes[0], config.tile("BM")) * triton.cdiv(sizes[1], config.tile("BN")),)
     filled = tuple(out if t is None else t for t in tensors)
     gemm.gemm_kernel[grid](
@@ -317,7 +317,7 @@ def _down(
     keep_mask: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     (N, rank, d), T = A.shape, x.shape[0]
-    config = _config("down", x)
+    config = _config("down", x, rank)
     tiles = rows.tiles(config.tile("BM"), x.device)
     H, S = x.new_empty(2, N, T, rank).unbind()
     shared = len(set(streams)) <= 1
@@ -357,9 +357,9 @@ def _grad_up(
     dy: torch.Tensor, B: torch.Tensor, S: torch.Tensor | None, need_dS: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     (T, d), rank = dy.shape, B.shape[1]
-    config = _config("grad_up", dy)
+    config = _config("grad_up", dy, rank)
     chunks = triton.cdiv(d, config.tile("BN"))
-    share, shares = _shares(T, config.tile("BM"))
+    share, shares = _shares(T, config.tile("BM"), chunks)
     dS = dy.new_empty(chunks, T, rank, dtype=torch.float32) if need_dS else None
     dB = None if S is None else dy.new_empty(shares, d, rank, dtype=torch.float32)
     if dS is None and dB is None:
@@ -391,7 +391,7 @@ def _grad_gate(
     need_dH: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     chunks, T, rank = dS.shape
-    config = _config("grad_gate", dS)
+    config = _config("grad_gate", dS, rank)
     tiles = rows.tiles(config.tile("BM"), dS.device)
     dH = dS.new_empty(T, rank) if need_dH else None
     parts = None if H is None else dS.new_empty(tiles.shape[0], rank, rank)
@@ -432,12 +432,13 @@ def _grad_a(
     A: Tensors,
 ) -> torch.Tensor:
     (N, T, rank), d = dH.shape, x.shape[1]
-    config = _config("grad_a", x)
-    share, shares = _shares(T, config.tile("BM"))
-    parts = x.new_empty(shares, N, rank, d, dtype=torch.float32)
+    config = _config("grad_a", x, rank)
+    chunks = triton.cdiv(d, config.tile("BN"))
+    share, shares = _shares(T, config.tile("BM"), chunks)
+    parts = x.new_empty(shares, N, d, rank, dtype=torch.float32)
     streams = [dropout.streams[m] for m in group] if dropout else []
     bits = mask[_groups(A, (None,) * len(A)).index(group)] if mask else None
-    lowrank.grad_a_kernel[(triton.cdiv(d, config.tile("BN")), shares)](
+    lowrank.grad_a_kernel[(chunks, shares)](
         dH,
         x,
         parts,
@@ -457,7 +458,7 @@ def _grad_a(
         STORED=bits is not None,
         **config.options(),
     )
-    return parts.sum(0)
+    return parts.sum(0).transpose(1, 2)
 
 
 def block_rank(rank: int) -> int:
@@ -492,15 +493,21 @@ def _three(values: list[float] | list[int], filler: float) -> tuple[float, ...]:
     return (*values, *[filler] * (_STACK - len(values)))
 
 
-def _shares(tokens: int, block: int) -> tuple[int, int]:
-    """Rows of a program's share, a multiple of its block, and the number of shares."""
-    rows = triton.cdiv(triton.cdiv(tokens, _ROW_SHARES), block) * block
+def _shares(tokens: int, block: int, chunks: int) -> tuple[int, int]:
+    """Rows of a program's share, a multiple of its block, and the number of shares.
+
+    Every share costs a partial sum in memory, so there are only as many as keep a large GPU busy
+    together with the column chunks; the number does not depend on the GPU, hence neither does the
+    order of a sum.
+    """
+    wanted = max(_PROGRAMS // chunks, 1)
+    rows = triton.cdiv(triton.cdiv(tokens, wanted), block) * block
     return rows, triton.cdiv(tokens, rows)
 
 
-def _config(kernel: str, tensor: torch.Tensor) -> configs.Launch:
+def _config(kernel: str, tensor: torch.Tensor, rank: int) -> configs.Launch:
     architecture = None if interpreted() else _architecture(tensor.device.index)
-    return configs.launch(kernel, architecture, tensor.element_size())
+    return configs.launch(kernel, architecture, tensor.element_size(), block_rank(rank))
 
 
 @functools.cache

@@ -84,7 +84,7 @@ def _gate(
         start = (module * samples + sample).to(tl.int64) * R * R
         square = (ranks < R)[:, None] & (ranks < R)[None, :] & (sample >= 0)
         gate = tl.load(G + start + ranks[:, None] * R + ranks[None, :], mask=square, other=0.0)
-        gated = tl.dot(hidden, gate, input_precision="ieee")
+        gated = tl.dot(hidden, gate, input_precision="tf32x3")
     else:
         gated = tl.where(sample >= 0, hidden, tl.zeros_like(hidden))
     tl.store(S + at, (gated * scaling).to(S.dtype.element_ty), mask=inside)
@@ -284,12 +284,12 @@ def segment_kernel(parts, order, offsets, out, SIZE: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _outer(dH, module, values, rows, row_mask, tokens, acc, R: tl.constexpr, BR: tl.constexpr):
-    """acc [BR, BN] += dH^T values over the tile's rows."""
+    """acc [BN, BR] += values^T dH over the tile's rows."""
     ranks = tl.arange(0, BR)
     at = (module.to(tl.int64) * tokens + rows.to(tl.int64))[:, None] * R + ranks[None, :]
     inside = row_mask[:, None] & (ranks < R)[None, :]
     gradient = tl.load(dH + at, mask=inside, other=0.0)
-    return tl.dot(tl.trans(gradient), values, acc, input_precision="ieee")
+    return tl.dot(tl.trans(values), gradient, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -306,8 +306,8 @@ def _write_part(
     BR: tl.constexpr,
 ):
     ranks = tl.arange(0, BR)
-    at = ((share * N + module) * R + ranks).to(tl.int64)[:, None] * d + columns[None, :]
-    inside = (ranks < R)[:, None] & (columns < d)[None, :]
+    at = ((share * N + module).to(tl.int64) * d + columns)[:, None] * R + ranks[None, :]
+    inside = (columns < d)[:, None] & (ranks < R)[None, :]
     tl.store(parts + at, acc * factor, mask=inside)
 
 
@@ -335,8 +335,8 @@ def grad_a_kernel(
     SHARED: tl.constexpr,
     STORED: tl.constexpr,
 ):
-    """B4: for BN columns and a share of the rows of x, partial dA = dH^T dropout(x)
-    [row share, N, R, d].
+    """B4: for BN columns and a share of the rows of x, partial dA^T = dropout(x)^T dH
+    [row share, N, d, R]; transposed, so that the wide side meets the tensor cores.
     """
     chunk, share = tl.program_id(0), tl.program_id(1)
     columns = chunk * BN + tl.arange(0, BN)
@@ -344,9 +344,9 @@ def grad_a_kernel(
     key = 0
     if DROPOUT and not STORED:
         key = tl.load(seed)
-    acc_0 = tl.zeros([BR, BN], tl.float32)
-    acc_1 = tl.zeros([BR, BN], tl.float32)
-    acc_2 = tl.zeros([BR, BN], tl.float32)
+    acc_0 = tl.zeros([BN, BR], tl.float32)
+    acc_1 = tl.zeros([BN, BR], tl.float32)
+    acc_2 = tl.zeros([BN, BR], tl.float32)
     stop = tl.minimum((share + 1) * rows_per_program, tokens)
     zero = share * 0
     group = chunk * (BN // 8)

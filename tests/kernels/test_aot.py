@@ -1,0 +1,66 @@
+"""Ahead-of-time compilation of the default kernels, in a process that does not interpret them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+JOB = """
+import dataclasses, json, sys
+from benchmarks.aot import gate, measure
+architecture, rank = map(int, sys.argv[1:])
+found = measure((architecture, "bf16", rank))
+print(json.dumps([
+    [v.id, gate(v, architecture, b), dataclasses.asdict(b)] for v, _, b in found
+]))
+"""
+
+
+def compiled(architecture: int, rank: int) -> dict[str, tuple[list[str], dict]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-c", JOB, str(architecture), str(rank)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {name: (failed, binary) for name, failed, binary in json.loads(done.stdout)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "rank"), [(80, 64), (90, 8), (100, 16)])
+def test_default_configurations_pass_every_gate(architecture: int, rank: int) -> None:
+    found = compiled(architecture, rank)
+    assert {"F1", "F2", "B1", "B2", "B3", "B4"} <= found.keys()
+    for name, (failures, binary) in found.items():
+        assert not failures, f"{name}: {failures}"
+        assert 16 < binary["registers"] <= 255, name
+        wide = binary["loads"].get("128", 0)
+        assert wide, f"{name} has no 16-byte load"
+
+
+def test_gates_see_a_configuration_that_spills() -> None:
+    job = JOB.replace(
+        "found = measure",
+        "from rellax_ds.kernels import configs\n"
+        "kept = configs.launch\n"
+        "configs.launch = lambda *a: kept(*a).with_(num_warps=2, BM=128)\n"
+        "found = measure",
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-c", job, "80", "64"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    failures = [failure for _, failed, _ in json.loads(done.stdout) for failure in failed]
+    assert any("stack" in failure for failure in failures)

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 Argument = tuple[str, str]
 """Name of a kernel and of one of its arguments."""
 
+Share = tuple[float, float]
+"""Part of an argument that is read, and part that is written."""
+
 
 @dataclass
 class Access:
@@ -196,7 +199,7 @@ def _assign(launch: Launch, tensors: dict[str, torch.Tensor], storage: _Storage)
         access.requested = int(storage.requested[start:end].sum())
 
 
-def shares(launches: Iterable[Launch]) -> dict[Argument, tuple[float, float]]:
+def shares(launches: Iterable[Launch]) -> dict[Argument, Share]:
     """Share of each argument's bytes that a kernel reads and writes, over all its launches."""
     totals: dict[Argument, list[int]] = defaultdict(lambda: [0, 0, 0])
     for launch in launches:
@@ -208,7 +211,7 @@ def shares(launches: Iterable[Launch]) -> dict[Argument, tuple[float, float]]:
 
 
 def charged(
-    launches: Iterable[Launch], share: dict[Argument, tuple[float, float]]
+    launches: Iterable[Launch], share: dict[Argument, Share]
 ) -> dict[Argument, tuple[float, float]]:
     """Bytes read and written per argument of launches that were recorded and not executed.
 

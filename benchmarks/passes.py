@@ -51,7 +51,7 @@ class Traffic(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if not func.is_view and name not in _FREE:
+        if func.namespace == "aten" and not func.is_view and name not in _FREE:
             written = sum(map(num_bytes, tensors_of(out)))
             read = 0 if name.endswith("_like") else sum(map(num_bytes, tensors_of((args, kwargs))))
             self.operators.append(Operator(name, read, written))

@@ -4,7 +4,6 @@ A process of its own, because Triton decides at import whether it interprets. Th
 masked tails, repeated reads, arguments inside one block of memory, and an atomic.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import dataclasses

@@ -15,7 +15,6 @@ not depend on the width.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from benchmarks.passes import DROPOUT, RANK, TOKENS, WIDTHS, one_pass, peft_passes
 from benchmarks.report import Report, parser
 from benchmarks.saved import our_saved, peft_saved
+from rellax_ds import runtime
 
 GEMM, BANDWIDTH = 700e12, 0.9 * 3.35e12
 FORMULA = "t = 4 T d^2 / 700e12 + passes * P / (0.9 * 3.35e12)"
@@ -89,7 +89,7 @@ def kernel_passes() -> list[dict[str, Any]]:
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env=runtime.child_environment({"TRITON_INTERPRET": "1"}),
     )
     results: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     for found in results:

@@ -87,3 +87,31 @@ def test_kernel_traffic_charges_a_shape_that_was_never_executed(counted: dict) -
         "outer_tiles.b": [4096 * 4, 0],
         "outer_tiles.out": [0, 8192 * 4096 * 4],
     }
+
+
+def test_kernel_passes_of_torch_products_equal_the_count_by_hand() -> None:
+    pytest.importorskip("triton")
+    from benchmarks import kernel_passes
+    from rellax_ds.kernels.composable import ComposablePath
+
+    tokens, width, path = 8192, 4096, ComposablePath()
+    normal = kernel_passes.Arm("normal", "torch", dense=False, dropout_p=0.0)
+    assert kernel_passes.learn(normal, path, 64, 32) == {}
+    found = kernel_passes.measure(normal, path, {}, tokens, width)
+    by_hand = 1 + 2 + 2 + 1 + 1 + 3  # x, y in place; dy twice, x, dx written, autograd's sum
+    extra = kernel_passes.extra(normal, found, tokens, width)
+    assert by_hand <= extra <= by_hand + 0.2  # and rank-r tensors
+    gates = kernel_passes.Arm("gates", "torch", trains_factors=False, dropout_p=0.0)
+    found = kernel_passes.measure(gates, path, {}, tokens, width)
+    by_hand = 1 + 2 + 1 + 2  # x, y in place; dy, dx in place
+    assert by_hand <= kernel_passes.extra(gates, found, tokens, width) <= by_hand + 0.2
+
+
+def test_kernel_passes_disagreement_names_the_argument_that_depends_on_the_width() -> None:
+    pytest.importorskip("triton")
+    from benchmarks import kernel_passes
+
+    one = {("f", "x"): (1.0, 0.0), ("f", "y"): (0.0, 1.0)}
+    assert kernel_passes.disagreement(one, dict(one)) == []
+    (named,) = kernel_passes.disagreement(one, {**one, ("f", "y"): (0.0, 0.5)})
+    assert named.startswith("f(y)")

@@ -115,3 +115,11 @@ def test_kernel_passes_disagreement_names_the_argument_that_depends_on_the_width
     assert kernel_passes.disagreement(one, dict(one)) == []
     (named,) = kernel_passes.disagreement(one, {**one, ("f", "y"): (0.0, 0.5)})
     assert named.startswith("f(y)")
+
+
+def test_kernel_passes_of_a_path_with_a_kernel_equal_the_count_by_hand(counted: dict) -> None:
+    assert counted["disagreement"] == []
+    assert counted["items"]["project(x)"] == [1.0, 0.0]
+    assert counted["items"]["project(out)"] == [0.0, 16 / 4096]
+    by_hand = 1 + 2 + 2 + 1 + 2  # x, y in place; dy twice, x, dx in place
+    assert by_hand <= counted["extra"] <= by_hand + 0.2  # and rank-r tensors

@@ -52,12 +52,15 @@ def main() -> int:
             f"{found['arm']['name']}: shares depend on the width: {found['disagreement']}",
         )
     ours = {found["arm"]["name"]: found["passes"] for found in kernels}
-    report.figures = {
-        "passes_fused": ours["fused"][WIDTHS[0]],
-        "passes_gate_only": ours["fused, gate-only"][WIDTHS[0]],
-        "passes_peft_bf16": eager["PEFT, bf16 adapters"][WIDTHS[0]],
-        "passes_peft_fp32": eager["PEFT, fp32 adapters"][WIDTHS[0]],
-    }
+    for figure, (arms, name) in {
+        "passes_fused": (ours, "fused"),
+        "passes_gate_only": (ours, "fused, gate-only"),
+        "passes_peft_bf16": (eager, "PEFT, bf16 adapters"),
+        "passes_peft_fp32": (eager, "PEFT, fp32 adapters"),
+    }.items():
+        report.check(name in arms, f"{name}: this build lacks the path")
+        if name in arms:
+            report.figures[figure] = arms[name][WIDTHS[0]]
     single = {found["arm"]["name"] for found in kernels if found["arm"]["modules"] == 1}
     passes_tables(report, eager, ours)
     times_table(report, {**eager, **{k: v for k, v in ours.items() if k in single}})

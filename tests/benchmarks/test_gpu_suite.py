@@ -37,6 +37,7 @@ def test_gpu_suite_without_a_gpu_says_so_in_one_line() -> None:
     assert "no CUDA GPU" in done.stdout
 
 
+@pytest.mark.slow
 def test_gpu_suite_on_a_cpu_passes_every_section_and_writes_both_reports(tmp_path: Path) -> None:
     done = command("--device", "cpu", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,10 +17,10 @@ import importlib
 import json
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from benchmarks.kernel_traffic import Argument, Recorder, Share, charged, shares
 from benchmarks.passes import (
@@ -40,8 +40,10 @@ from rellax_ds.kernels.rows import Rows
 if TYPE_CHECKING:
     from rellax_ds.kernels.function import Path
 
-SMALL_WIDTHS, SMALL_TOKENS = (128, 192), 1024
+SMALL_WIDTHS, SMALL_TOKENS = (256, 320), 512
 SAMPLES = 4
+ARCHITECTURE = 90
+"""Whose launch configurations are taken: tiles decide how large partial sums are."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,22 @@ ARMS = (
 )
 
 
+class HostRows(Rows):
+    """Rows whose tables hold numbers even where tensors have only shapes."""
+
+    def tiles(self, block: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """See `Rows`."""
+        with unset_fake_temporarily():
+            return super().tiles(block, device)
+
+    def tiles_by_sample(
+        self, block: int, device: torch.device | str = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Rows`."""
+        with unset_fake_temporarily():
+            return super().tiles_by_sample(block, device)
+
+
 class Inputs:
     """Tensors of one forward and backward of an arm, random, in float16."""
 
@@ -95,7 +113,8 @@ class Inputs:
             for _ in range(arm.modules)
         ]
         self.upstream = [self._draw(tokens, width) for _ in range(arm.modules)]
-        self.rows = Rows.padded(SAMPLES, tokens // SAMPLES)
+        with unset_fake_temporarily():
+            self.rows = HostRows.padded(SAMPLES, tokens // SAMPLES)
         self.dropout = None
         if arm.dropout_p:
             seed = torch.full((1,), 1 << 40, dtype=torch.int64)
@@ -124,30 +143,50 @@ def learn(arm: Arm, path: Path, tokens: int, width: int) -> dict[Argument, Share
     return shares(recorder.launches)
 
 
+@dataclass
+class Measured:
+    """Passes of an arm at a shape that was never executed.
+
+    Attributes:
+        items: Passes read and written, by kernel argument or torch operator.
+        extra: All passes beyond those of the arm's bare linears.
+        large: Those of [T, d] tensors and their masks in kernels; the rest of `extra` is tensors of
+            rank r, partial sums, tables, and operators of torch.
+    """
+
+    items: dict[str, tuple[float, float]]
+    extra: float
+    large: float
+
+
 def measure(
     arm: Arm, path: Path, share: dict[Argument, Share], tokens: int, width: int
-) -> dict[str, tuple[float, float]]:
-    """Passes read and written, by kernel argument or torch operator, at a shape never executed."""
+) -> Measured:
+    """Charge the launchers' kernels and torch operators at true size."""
     unit = one_pass(tokens, width)
     with FakeTensorMode():
         inputs = Inputs(arm, tokens, width)
         with Recorder(execute=False) as recorder, Traffic() as traffic:
             inputs.step(path)
+    bytes_of = charged(recorder.launches, share)
     found = {
-        f"{kernel}({name})": (read / unit, written / unit)
-        for (kernel, name), (read, written) in charged(recorder.launches, share).items()
+        f"{launch}({name})": (read / unit, written / unit)
+        for (launch, name), (read, written) in bytes_of.items()
     }
     for operator in traffic.operators:
         key = f"torch.{operator.name}"
         read, written = found.get(key, (0.0, 0.0))
         found[key] = (read + operator.read / unit, written + operator.written / unit)
-    return found
-
-
-def extra(arm: Arm, found: dict[str, tuple[float, float]], tokens: int, width: int) -> float:
-    """Passes beyond those of the arm's bare linears."""
-    bare = arm.modules * bare_bytes(tokens, width) / one_pass(tokens, width)
-    return sum(read + written for read, written in found.values()) - bare
+    kinds = ((tokens, width), (tokens, -(-width // 8)))
+    large = sum(
+        sum(bytes_of[launch.name, name])
+        for launch in recorder.launches
+        for name, access in launch.accesses.items()
+        if access.shape[-2:] in kinds
+    )
+    total = sum(read + written for read, written in found.values())
+    bare = arm.modules * bare_bytes(tokens, width) / unit
+    return Measured(found, total - bare, large / unit - 4 * arm.modules)
 
 
 def disagreement(one: dict[Argument, Share], other: dict[Argument, Share]) -> list[str]:
@@ -159,15 +198,23 @@ def disagreement(one: dict[Argument, Share], other: dict[Argument, Share]) -> li
     ]
 
 
+def configuration(kernel: str, itemsize: int) -> Any:
+    """Launch configuration of a kernel on `ARCHITECTURE`, in place of the interpreter's."""
+    configs = importlib.import_module("rellax_ds.kernels.configs")
+    return configs.launch(kernel, ARCHITECTURE, itemsize)
+
+
 def main() -> None:
-    """Measure every arm whose path this build has and print what was found as JSON."""
+    """Measure the named arms, or all, whose path this build has, and print JSON."""
+    names = sys.argv[1:]
     paths: dict[str, Path] = {"torch": ComposablePath()}
     with contextlib.suppress(ModuleNotFoundError):
         launch = importlib.import_module("rellax_ds.kernels.launch")
+        launch._config = lambda kernel, tensor: configuration(kernel, tensor.element_size())
         paths |= {"triton": launch.TritonPath(), "cublas": launch.CublasPath()}
     results = []
     for arm in ARMS:
-        if arm.path not in paths:
+        if arm.path not in paths or (names and arm.name not in names):
             continue
         path = paths[arm.path]
         learned = [learn(arm, path, SMALL_TOKENS, width) for width in SMALL_WIDTHS]
@@ -175,8 +222,9 @@ def main() -> None:
         results.append(
             {
                 "arm": dataclasses.asdict(arm),
-                "passes": {w: extra(arm, found, TOKENS, w) for w, found in by_width.items()},
-                "items": by_width[WIDTHS[0]],
+                "passes": {w: found.extra for w, found in by_width.items()},
+                "large": by_width[WIDTHS[0]].large,
+                "items": by_width[WIDTHS[0]].items,
                 "disagreement": disagreement(*learned),
             }
         )

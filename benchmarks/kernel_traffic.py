@@ -11,8 +11,9 @@ data, kernels are recorded and not executed, and a launch is charged
 
     bytes(argument) = size(argument at the true shape) * share(argument)
 
-with the share of the argument that the same kernel touched at a small shape. Grids, scratch
-buffers and which kernels run are thus those of the true shape.
+with the share of the argument that the same launch touched at a small shape; the two runs must
+launch the same kernels in the same order. Grids and scratch buffers are thus those of the true
+shape.
 
 Import this in a process started with TRITON_INTERPRET=1.
 """
@@ -20,7 +21,7 @@ Import this in a process started with TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 Argument = tuple[str, str]
-"""Name of a kernel and of one of its arguments."""
+"""Name of a launch and of one of its arguments."""
 
 Share = tuple[float, float]
 """Part of an argument that is read, and part that is written."""
@@ -46,12 +47,14 @@ class Access:
     """Traffic of one tensor argument in one launch, in bytes.
 
     Attributes:
-        size: Bytes of the tensor's elements.
+        shape: Of the tensor.
+        size: Bytes of its elements.
         read: Distinct bytes loaded.
         written: Distinct bytes stored.
         requested: Bytes of all loads and stores, repeats included.
     """
 
+    shape: tuple[int, ...]
     size: int
     read: int = 0
     written: int = 0
@@ -60,9 +63,14 @@ class Access:
 
 @dataclass
 class Launch:
-    """One kernel launch and the traffic of its tensor arguments."""
+    """One kernel launch and the traffic of its tensor arguments.
 
-    kernel: str
+    Attributes:
+        name: The kernel's name, numbered from its second launch on.
+        accesses: By argument; a tensor passed several times is one argument, `a=b`.
+    """
+
+    name: str
     accesses: dict[str, Access] = field(default_factory=dict)
 
 
@@ -97,6 +105,7 @@ class Recorder:
     def __init__(self, execute: bool = True) -> None:
         self.launches: list[Launch] = []
         self.execute = execute
+        self._counts: Counter[str] = Counter()
         self._storages: dict[int, _Storage] = {}
         self._originals: dict[tuple[Any, str], Any] = {}
 
@@ -127,9 +136,13 @@ class Recorder:
         def run(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
             named = dict(zip(function.arg_names, args, strict=False))
             named.update({k: v for k, v in kwargs.items() if k in function.arg_names})
-            tensors = dict(_tensors(named.items()))
+            tensors = _merged(_tensors(named.items()))
+            kernel = function.fn.__name__
+            self._counts[kernel] += 1
+            count = self._counts[kernel]
             launch = Launch(
-                function.fn.__name__, {k: Access(num_bytes(t)) for k, t in tensors.items()}
+                kernel if count == 1 else f"{kernel} {count}",
+                {k: Access(tuple(t.shape), num_bytes(t)) for k, t in tensors.items()},
             )
             self.launches.append(launch)
             if not self.execute:
@@ -168,7 +181,7 @@ class Recorder:
         found = sum(s.touch(addresses, itemsize, write) for s in self._storages.values())
         if found != addresses.size:
             raise AssertionError(
-                f"{self.launches[-1].kernel} touched {addresses.size - found} elements outside "
+                f"{self.launches[-1].name} touched {addresses.size - found} elements outside "
                 "the tensors it was given"
             )
 
@@ -181,6 +194,16 @@ def _tensors(items: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, torch.Tens
             yield from _tensors((f"{name}[{i}]", part) for i, part in enumerate(value))
         elif isinstance(getattr(value, "base", None), torch.Tensor):
             yield name, value.base
+
+
+def _merged(items: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Tensors by name, with one name for a tensor that is passed several times."""
+    names: dict[int, list[str]] = {}
+    tensors = {}
+    for name, tensor in items:
+        names.setdefault(id(tensor), []).append(name)
+        tensors[id(tensor)] = tensor
+    return {"=".join(names[key]): tensor for key, tensor in tensors.items()}
 
 
 def _assign(launch: Launch, tensors: dict[str, torch.Tensor], storage: _Storage) -> None:
@@ -200,14 +223,13 @@ def _assign(launch: Launch, tensors: dict[str, torch.Tensor], storage: _Storage)
 
 
 def shares(launches: Iterable[Launch]) -> dict[Argument, Share]:
-    """Share of each argument's bytes that a kernel reads and writes, over all its launches."""
-    totals: dict[Argument, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for launch in launches:
-        for name, access in launch.accesses.items():
-            total = totals[launch.kernel, name]
-            for i, value in enumerate((access.size, access.read, access.written)):
-                total[i] += value
-    return {key: (read / size, written / size) for key, (size, read, written) in totals.items()}
+    """Share of each argument's bytes that a launch reads and writes."""
+    return {
+        (launch.name, name): (access.read / access.size, access.written / access.size)
+        for launch in launches
+        for name, access in launch.accesses.items()
+        if access.size
+    }
 
 
 def charged(
@@ -216,13 +238,15 @@ def charged(
     """Bytes read and written per argument of launches that were recorded and not executed.
 
     Raises:
-        KeyError: A kernel runs at this shape and was never interpreted.
+        KeyError: These are not the launches that were interpreted.
     """
-    out: dict[Argument, tuple[float, float]] = {}
-    for launch in launches:
-        for name, access in launch.accesses.items():
-            key = launch.kernel, name
-            before = out.get(key, (0.0, 0.0))
-            read, written = (share[key][i] * access.size + before[i] for i in range(2))
-            out[key] = (read, written)
-    return out
+    sizes = {
+        (launch.name, name): access.size
+        for launch in launches
+        for name, access in launch.accesses.items()
+        if access.size
+    }
+    if sizes.keys() != share.keys():
+        different = sorted(map(str, sizes.keys() ^ share.keys()))
+        raise KeyError(f"launched at one shape and not at the other: {', '.join(different)}")
+    return {key: (share[key][0] * size, share[key][1] * size) for key, size in sizes.items()}

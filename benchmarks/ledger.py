@@ -142,9 +142,12 @@ def times_table(report: Report, arms: dict[str, dict[int, float]]) -> None:
 
 def items_table(report: Report, found: dict[str, Any]) -> None:
     """Passes of one arm by kernel argument, small ones summed up."""
+    passes, large = found["passes"][WIDTHS[0]], found["large"]
     report.body.append(
-        f"**{found['arm']['name']}**, itemised at d {WIDTHS[0]}, traffic of the frozen linear "
-        "included (2 P and the weight, forward and backward)."
+        f"**{found['arm']['name']}** at d {WIDTHS[0]}: of {passes:.3f} passes {large:.3f} are "
+        f"[T, d] tensors and masks, {passes - large:.3f} partial sums, rank-r tensors and tables. "
+        "Itemised with the frozen linear's own traffic (2 P and the weight, forward and backward); "
+        "`a=b` is one tensor passed as several arguments, as absent ones are."
     )
     shown = {k: v for k, v in found["items"].items() if sum(v) >= 0.01}
     small = [v for v in found["items"].values() if sum(v) < 0.01]

@@ -102,8 +102,7 @@ def main() -> None:
     found = kernel_passes.measure(arm, Projected(), learned[0], 8192, 4096)
     json.dump(
         {
-            "extra": kernel_passes.extra(arm, found, 8192, 4096),
-            "items": found,
+            "found": dataclasses.asdict(found),
             "disagreement": kernel_passes.disagreement(*learned),
             "small": [dataclasses.asdict(launch) for launch in small.launches],
             "large": {f"{kernel}.{name}": value for (kernel, name), value in bytes_of.items()},

@@ -1,58 +1,60 @@
-"""The CFLoRA operator in plain torch: what every faster path must equal.
+"""The CFLoRA operator in plain torch: what every other path must equal.
 
-Shapes: x [B, L, d_in], A [r, d_in], B [d_out, r], gates [B, r, r] with the row convention S = H G,
-delta [B, L, d_out]. The scale is applied once, to the rank-r product, so A, B and the gates keep
-their own meaning and no pass over a [B, L, d_out] tensor is spent on it; the 1 / (1 - p) of dropout
-rides on it. Gradients come from autograd, which makes float64 gradcheck possible.
+Written as the formula reads and differentiated by autograd, so it shares no backward code with the
+paths it judges; in float64 it can be checked by finite differences. The scale is applied to the
+rank-r product, and the 1 / (1 - p) of dropout to x, in the type of x.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn import functional as F
 
-_LEVELS = 1 << 16
+from rellax_ds.kernels.philox import Dropout, keep_mask
+
+if TYPE_CHECKING:
+    from rellax_ds.kernels.rows import Rows
 
 
-def cflora_delta(
+def update(
     x: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
-    gates: torch.Tensor | None,
+    G: torch.Tensor | None,
+    rows: Rows,
     scaling: float,
-    dropout_p: float = 0.0,
-    training: bool = False,
+    dropout: Dropout | None = None,
+    module: int = 0,
 ) -> torch.Tensor:
-    """Low-rank update `scaling * (dropout(x) A^T) G B^T` with one gate G per sample.
+    """Low-rank update s (dropout(x) A^T) G B^T with one gate per sample.
 
     Args:
-        x: Layer input [B, L, d_in]; without gates any leading shape.
+        x: Layer input [T, d_in].
         A: Down factor [r, d_in].
         B: Up factor [d_out, r].
-        gates: [B, r, r], or None for the identity, which skips the product.
-        scaling: alpha / r.
-        dropout_p: Drop rate on the input of A, in training only; realised in steps of 2^-16.
-        training: Whether dropout is active.
+        G: Gates [S, r, r], or None for the identity.
+        rows: Owner of each row; rows of no sample get a zero update.
+        scaling: s = alpha / r.
+        dropout: Dropout on the input of A, or None.
+        module: Place of this module in a stacked call.
 
     Returns:
-        The update [B, L, d_out] in the type of x.
+        The update [T, d_out] in the type of x.
     """
-    threshold = round(dropout_p * _LEVELS) if training else 0
-    if threshold:
-        x = x * _keep(x, threshold)
-        scaling = scaling * _LEVELS / (_LEVELS - threshold)
-    hidden = F.linear(x, A)
-    if gates is not None:
-        hidden = torch.matmul(hidden, gates)
-    return F.linear(hidden * scaling, B)
+    if dropout is not None:
+        x = x * _keep(x, dropout, module) * dropout.scale
+    hidden = F.linear(x, A.to(x.dtype))
+    ids = rows.ids(x.device).long()
+    if G is not None:
+        padded = torch.cat([G.to(x.dtype), G.new_zeros(1, *G.shape[1:], dtype=x.dtype)])
+        hidden = torch.bmm(hidden.unsqueeze(1), padded[ids]).squeeze(1)
+    hidden = torch.where((ids >= 0)[:, None], hidden, hidden.new_zeros(()))
+    return F.linear(hidden * scaling, B.to(x.dtype))
 
 
-def _keep(x: torch.Tensor, threshold: int) -> torch.Tensor:
-    """Mask of x, true with probability 1 - threshold / 2^16.
-
-    A 16-bit lane decides per element, four to a random word: on a CPU several times cheaper than
-    one float draw each, which costs as much as the rest of the low-rank path.
-    """
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
-    lanes = words.random_(-(1 << 63), None).view(torch.int16)[: x.numel()]
-    return (lanes >= threshold - _LEVELS // 2).view(x.shape)
+def _keep(x: torch.Tensor, dropout: Dropout, module: int) -> torch.Tensor:
+    seed, stream = int(dropout.seed), dropout.streams[module]
+    rows, columns = x.shape
+    return keep_mask(seed, rows, columns, dropout.threshold, stream, x.device)

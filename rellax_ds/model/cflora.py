@@ -33,7 +33,7 @@ import rellax_ds
 from rellax_ds.errors import CheckpointError, ConfigError
 from rellax_ds.model.interaction import StackedInteraction
 from rellax_ds.model.tensors import check_tensors, read_tensors
-from rellax_ds.ops import cflora_delta
+from rellax_ds.ops import Factors, cflora
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -152,25 +152,18 @@ class CFLoraLinear(LoraLinear):  # type: ignore[misc]
             raise ConfigError("CFLoRA cannot mix adapters within a batch; leave adapter_names out")
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        dtype = result.dtype
-        for name in self.active_adapters:
-            if name in self.lora_A:
-                A, B = self.lora_A[name].weight, self.lora_B[name].weight
-                dropout_p = getattr(self.lora_dropout[name], "p", 0.0)
-                update = cflora_delta(
-                    self._cast_input_dtype(x, A.dtype),
-                    A,
-                    B,
-                    self._gates(name, A.dtype),
-                    self.scaling[name],
-                    dropout_p,
-                    self.training,
-                )
-                result = result + update
-        return result.to(dtype)
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or not names:
+            output: torch.Tensor = self.base_layer(x, *args, **kwargs)
+            return output
+        base: nn.Module = self.base_layer
+        for name in names:
+            A, B = self.lora_A[name].weight, self.lora_B[name].weight
+            factors = Factors(A, B, self._gates(name, A.dtype), self.scaling[name])
+            dropout_p = getattr(self.lora_dropout[name], "p", 0.0)
+            (output,) = cflora(x, [base], [factors], dropout_p=dropout_p, training=self.training)
+            base = _Computed(output)
+        return output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the update into the frozen weight; refused while M depends on the sample."""
@@ -210,6 +203,18 @@ _MERGE_REFUSED = (
     "sample, so there is no one weight to fold it into; serve it as an adapter, or train with "
     "interaction identity"
 )
+
+
+class _Computed(nn.Module):
+    """The output so far, as the frozen layer under the next active adapter."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The output, flattened like x."""
+        return self.output.flatten(0, -2)
 
 
 class CFLoraModel(LoraModel):  # type: ignore[misc]

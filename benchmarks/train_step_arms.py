@@ -1,21 +1,24 @@
-"""The arms of `benchmarks.train_step`: the same samples trained in four ways, each in a process of
-its own.
+"""The arms of `benchmarks.train_step`: the same samples trained in several ways, each in a process
+of its own.
 
 `trainer` is what a user of Hugging Face writes: `Trainer`, PEFT's LoRA, labels of -100 everywhere
 but at the answer, the stock collator. `trainer_answers` is the same with logits at the answer
-positions only, which tells the answer head's part of a gain from the rest. `lora` is ours with
-M = I and no soft tokens, `rellax` ours as the recipe trains it. The two without soft tokens and
-both of the Trainer read the same prompts without the slots, so every arm has the same words. An
-arm waits for its turn at the top of every step, so that whoever holds the other end can time it.
+positions only. `lora` is ours with M = I and no soft tokens, `lora_torch` the same with torch's own
+products for the frozen layers, `rellax` ours as the recipe trains it, `rellax_zero3` the same in
+stage 6's engine. Arms without SPA read the prompts without the soft-token slots, so all arms have
+the same words. An arm waits for its turn at the top of every step, so that whoever holds the other
+end of the link can time it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,10 +39,11 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from rellax_ds.batch import Batch
+    from rellax_ds.config import TrainConfig
+    from rellax_ds.engine.engine import ParameterGroup
     from rellax_ds.model.rellax import ReLLaX
 
-ARMS = ("trainer", "trainer_answers", "lora", "rellax", "rellax_zero3")
-TRAINER_ARMS = ("trainer", "trainer_answers")
+ARMS = ("trainer", "trainer_answers", "lora_torch", "lora", "rellax", "rellax_zero3")
 IGNORED = -100
 
 
@@ -110,19 +114,21 @@ def features(sample: Sample, answer: int) -> dict[str, list[int]]:
 
 
 def run(arm: str, setting: Setting, link: Connection) -> None:
-    """Train `setting.steps` steps, each when told to, then send the memory figures and leave."""
+    """Train `setting.steps` steps, each when told to, then send what was seen and leave."""
     # A Trainer prints a summary when it ends; a benchmark's output holds its own figures only.
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as scratch:
         runtime.prepare()
+        runtime.logger.setLevel(logging.WARNING)
         torch.set_num_threads(setting.threads)
         turns = Turns(link)
-        if arm in TRAINER_ARMS:
+        if arm.startswith("trainer"):
             run_trainer(setting, turns, Path(scratch), answers_only=arm == "trainer_answers")
         elif arm == "rellax_zero3":
             run_engine(setting, turns)
         else:
-            run_ours(setting, turns, plain=arm == "lora")
-        link.send({"loaded": turns.loaded, "peak": peak_bytes(), "losses": turns.losses})
+            with torch.backends.mkldnn.flags(enabled=arm != "lora_torch"):
+                run_ours(setting, turns, plain=arm.startswith("lora"))
+        link.send(turns.outcome())
 
 
 class Turns:
@@ -130,31 +136,63 @@ class Turns:
 
     Attributes:
         loaded: Resident bytes when the model was whole and nothing had been computed.
-        losses: One a micro-batch, to see that an arm trains.
+        losses: One a micro-batch, or their mean alone, to see that an arm trains.
+        busy: CPU seconds of every step.
     """
 
     def __init__(self, link: Connection) -> None:
         """Take this side of the link."""
-        self._link, self.loaded, self.losses = link, 0, [0.0][:0]
+        self._link, self._mark, self.loaded = link, 0.0, 0
+        self.losses: list[float] = []
+        self.busy: list[float] = []
 
     def wait(self) -> None:
         """Say that the next step can begin, and return when it may."""
-        if not self.loaded:
-            Path("/proc/self/clear_refs").write_text("5")
+        if self.loaded:
+            self.busy.append(time.process_time() - self._mark)
+        else:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
             self.loaded = _status("VmRSS")
         self._link.send(None)
         self._link.recv()
+        self._mark = time.process_time()
+
+    def outcome(self) -> Outcome:
+        """What the arm saw, after its last step."""
+        return Outcome(
+            self.loaded, _status("VmHWM"), sum(self.losses) / len(self.losses), self.busy
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an arm says at its end.
+
+    Attributes:
+        loaded: Resident bytes before the first step.
+        peak: Most resident bytes since then.
+        loss: Mean loss over the steps.
+        busy: CPU seconds of every step.
+    """
+
+    loaded: int
+    peak: int
+    loss: float
+    busy: list[float]
 
 
 def run_ours(setting: Setting, turns: Turns, plain: bool) -> None:
     """Our model in the barest loop: forward, backward, clip, AdamW."""
     recipe = without_conditions(setting.recipe) if plain else setting.recipe
-    prompts = Prompts(setting)
+    train, prompts = recipe.train, Prompts(setting)
     model = ours(recipe, prompts).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    train = recipe.train
+    groups = [
+        {"params": list(g.parameters.values()), "lr": g.learning_rate}
+        for g in parameter_groups(model, train)
+    ]
+    parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(
-        parameters, train.learning_rate, train.betas, EPSILON, train.weight_decay, fused=True
+        groups, betas=train.betas, eps=EPSILON, weight_decay=train.weight_decay, fused=True
     )
     for batches in our_batches(setting, prompts, recipe, turns):
         for batch in batches:
@@ -170,13 +208,12 @@ def run_engine(setting: Setting, turns: Turns) -> None:
     """The same under ZeRO-3 on one rank, through the engine that stage 6 uses."""
     from rellax_ds.engine.engine import Engine
     from rellax_ds.engine.processes import start_processes
-    from rellax_ds.stages.train import _parameter_groups
 
     recipe, prompts = setting.recipe, Prompts(setting)
 
-    def make() -> Any:
+    def make() -> tuple[ReLLaX, list[ParameterGroup]]:
         model = ours(recipe, prompts)
-        return model, _parameter_groups(model, recipe.train)
+        return model, parameter_groups(model, recipe.train)
 
     processes = start_processes()
     torch.set_num_threads(setting.threads)
@@ -185,6 +222,22 @@ def run_engine(setting: Setting, turns: Turns) -> None:
         for number, batch in enumerate(batches):
             turns.losses.append(engine.accumulate(batch, recipe.seed, step, number))
         engine.outcome()
+
+
+def parameter_groups(model: ReLLaX, train: TrainConfig) -> list[ParameterGroup]:
+    """The recipe's learning rates by group of parameters."""
+    from rellax_ds.engine.engine import ParameterGroup
+    from rellax_ds.model.rellax import trainable_groups
+
+    return [
+        ParameterGroup(
+            name,
+            parameters,
+            train.learning_rate if name == "factors" else train.interaction_learning_rate,
+            train.weight_decay,
+        )
+        for name, parameters in trainable_groups(model).items()
+    ]
 
 
 def our_batches(
@@ -242,9 +295,8 @@ def peft_lora(recipe: Recipe) -> Any:
 
 def run_trainer(setting: Setting, turns: Turns, scratch: Path, answers_only: bool) -> None:
     """`Trainer` over the same micro-batches in the same order."""
-    from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback
     from transformers import Trainer as HFTrainer
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
     class Answers(HFTrainer):  # type: ignore[misc]
         """Logits where there is a label, and nowhere else."""
@@ -260,8 +312,6 @@ def run_trainer(setting: Setting, turns: Turns, scratch: Path, answers_only: boo
             turns.wait()
 
     train, prompts = setting.recipe.train, Prompts(setting)
-    reference = resolve_model(setting.recipe.model.backbone).reference
-    tokenizer = AutoTokenizer.from_pretrained(reference)
     samples = itertools.chain.from_iterable(
         batch for step in range(setting.steps) for batch in prompts.step(step, slots=False)
     )
@@ -284,10 +334,18 @@ def run_trainer(setting: Setting, turns: Turns, scratch: Path, answers_only: boo
         model=peft_lora(setting.recipe),
         args=arguments,
         train_dataset=[features(sample, prompts.answer(sample)) for sample in samples],
-        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+        data_collator=stock_collator(setting.recipe),
         callbacks=[OnTurn()],
     )
     turns.losses.append(float(trainer.train().training_loss))
+
+
+def stock_collator(recipe: Recipe) -> Any:
+    """The collator of the examples of transformers: pads ids, mask and labels to the longest."""
+    from transformers import AutoTokenizer, DataCollatorForSeq2Seq
+
+    reference = resolve_model(recipe.model.backbone).reference
+    return DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(reference), padding=True)
 
 
 def answer_loss(model: Any, inputs: dict[str, Any], num_items: Any) -> torch.Tensor:
@@ -301,11 +359,6 @@ def answer_loss(model: Any, inputs: dict[str, Any], num_items: Any) -> torch.Ten
     ).logits[rows, place]
     words = inputs["labels"][rows, positions]
     return torch.nn.functional.cross_entropy(logits.float(), words, reduction="sum") / num_items
-
-
-def peak_bytes() -> int:
-    """Most bytes this process held since the mark was last put back."""
-    return _status("VmHWM")
 
 
 def _status(field: str) -> int:

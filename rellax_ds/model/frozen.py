@@ -31,8 +31,11 @@ _MIN_ROWS = 16
 
 
 def frozen_products() -> contextlib.AbstractContextManager[Any]:
-    """Context in which frozen linear layers take the faster product of this machine."""
-    if not onednn_pays() or torch.compiler.is_compiling():
+    """Context in which frozen linear layers take the faster product of this machine.
+
+    `torch.backends.mkldnn.flags(enabled=False)` switches it off, as it does the rest of oneDNN.
+    """
+    if not torch.backends.mkldnn.enabled or torch.compiler.is_compiling() or not onednn_pays():
         return contextlib.nullcontext()
     return FrozenProducts()
 

@@ -1,4 +1,4 @@
-"""Frozen products: the numbers of torch's own layer, nothing of x kept, everything else untouched."""
+"""Frozen products: the numbers of torch's own layer, nothing of x kept, all else untouched."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from rellax_ds.data_config import DataConfig as DataConfig
 from rellax_ds.errors import ConfigError
+from rellax_ds.family import Head, Init, InteractionSpec, Kind
 from rellax_ds.section import Fraction, PositiveFloat, PositiveInt, Section
 
 _MAX_RECIPE_BYTES = 1 << 20
@@ -141,19 +142,31 @@ class ModelConfig(Section):
     backbone: str = Field(
         default="smollm2-135m-instruct", description="Asset name, Hugging Face name or local path."
     )
-    rank: PositiveInt = 8
-    alpha: PositiveFloat = 16.0
+    rank: PositiveInt = Field(default=8, description="Rank of A and B, all experts together.")
+    alpha: PositiveFloat = Field(default=16.0, description="The update is scaled by alpha / rank.")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-    interaction: Literal["identity", "full"] = Field(
+    interaction: Kind = Field(
         default="full", description="M: identity is plain LoRA, full is CFLoRA."
     )
-    interaction_init: Literal["identity", "reference"] = Field(
-        default="identity", description="M(h) = I + f(h), or Kaiming."
+    interaction_init: Init = Field(default="identity", description="M(h) = I + f(h), or Kaiming.")
+    interaction_head: Head = Field(
+        default="mlp", description="Computes every entry of M, or factors of M - I (full only)."
     )
     interaction_hidden: PositiveInt | None = Field(
-        default=None, description="Width of the gate's hidden layer; null is 2 r^2."
+        default=None,
+        description="Width of the gate's hidden layer; null is 2 r^2 for a dense mlp, else 64.",
     )
+    interaction_factors: PositiveInt | None = Field(
+        default=None, description="Rank of M - I under the factorised head; null is 4."
+    )
+    interaction_experts: PositiveInt = Field(
+        default=4, description="Bands the rank is cut into, for kinds with experts."
+    )
+    interaction_temperature: PositiveFloat = Field(
+        default=1.0, description="Divides the logits of kinds with a router."
+    )
+    interaction_shared: bool = Field(default=False, description="One router for all layers.")
     train_factors: bool = Field(
         default=True, description="Train A and B; false trains the gates and SPA only."
     )
@@ -169,6 +182,16 @@ class ModelConfig(Section):
     instance_control: Literal["none", "const", "permuted"] = Field(
         default="none", description="Ablation of h."
     )
+
+    @model_validator(mode="after")
+    def _interaction_defined(self) -> ModelConfig:
+        _ = self.spec
+        return self
+
+    @property
+    def spec(self) -> InteractionSpec:
+        """What the interaction fields say about M(h)."""
+        return InteractionSpec.of(self, self.rank)
 
 
 class TrainConfig(Section):

@@ -46,6 +46,8 @@ def test_recipe_extends_parent_and_overrides_win(tmp_path: Path) -> None:
         (["train.epochs=many"], ["'train.epochs' is 'many'", "--set train.epochs=many"]),
         (["train.epochs=0"], ["'train.epochs' is 0", "greater than or equal to 1"]),
         (["model.interaction=fuller"], ["'model.interaction' is 'fuller'", "'identity'"]),
+        (["model.interaction=block", "model.interaction_experts=3"], ["experts 3", "rank 8"]),
+        (["model.rank=48"], ["'model'", "rank 48", "interaction_head to factorised"]),
         (["train.global_batch=10", "train.micro_batch=4"], ["global_batch 10", "micro_batch 4"]),
         (
             ["shards.history=retrieved", "shards.history_length=50"],

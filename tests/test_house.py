@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "schema": 0,
     "section": 1,
+    "family": 1,
     "data_config": 1,
     "config": 1,
     "recipes": 1,

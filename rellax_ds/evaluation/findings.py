@@ -20,6 +20,7 @@ from rellax_ds.artifacts import STAGES
 from rellax_ds.errors import ArtifactError
 from rellax_ds.evaluation.baselines import FEATURES, Log, LogisticBaseline, last_labels
 from rellax_ds.evaluation.significance import Estimate, UserBootstrap
+from rellax_ds.family import METHODS
 from rellax_ds.schema import PREDICTIONS, check_table
 from rellax_ds.shards.read import ShardIndex
 
@@ -122,7 +123,7 @@ class Evidence:
     def model_name(self) -> str:
         """What the recipe's model is called; an ablation is not called ReLLaX."""
         parts = ["SPA"] * self.recipe.model.spa
-        parts += ["CFLoRA" if self.recipe.model.interaction == "full" else "LoRA"]
+        parts += [METHODS[self.recipe.model.interaction]]
         return "ReLLaX" if parts == ["SPA", "CFLoRA"] else " + ".join(parts)
 
 
@@ -350,7 +351,8 @@ def _crm_facts(evidence: Evidence) -> dict[str, Any]:
         "train_rows": int(train.size),
         "rows": rows,
         "held_out_rows": int(train.size) - rows,
-        "used_by_model": evidence.recipe.model.spa or evidence.recipe.model.interaction == "full",
+        "used_by_model": evidence.recipe.model.spa
+        or not evidence.recipe.model.spec.input_independent,
     }
 
 

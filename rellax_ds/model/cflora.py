@@ -31,7 +31,8 @@ from transformers.pytorch_utils import Conv1D
 
 import rellax_ds
 from rellax_ds.errors import CheckpointError, ConfigError
-from rellax_ds.model.interaction import StackedInteraction
+from rellax_ds.family import INTERACTION_FIELDS, InteractionSpec
+from rellax_ds.model.interaction import stacked_interaction
 from rellax_ds.model.tensors import check_tensors, read_tensors
 from rellax_ds.ops import Factors, cflora
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rellax_ds.config import ModelConfig
+    from rellax_ds.family import Head, Init, Kind
+    from rellax_ds.model.interaction import StackedInteraction
 
 CONTAINER = "cflora_interaction"
 """Attribute of the tuner that holds the stacked gate networks, one per adapter."""
@@ -56,17 +59,22 @@ class CFLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is untyped
     """LoRA's configuration and what M(h) needs.
 
     Attributes:
-        interaction: `full`: one dense matrix per layer and sample; `identity`: plain LoRA.
-        interaction_init: `identity`: M = I + f(h), starting at I; `reference`: M = f(h), Kaiming.
-        interaction_hidden: Width of the gate's hidden layer; None is 2 r^2.
+        interaction: The kind of M; see `rellax_ds.family`, also for the fields up to
+            `interaction_shared`. `full`: one dense matrix per layer and sample; `identity`: plain
+            LoRA.
         instance_dim: Width of h.
         plugin: Module to import before PEFT can load the adapter.
         plugin_version: Version of rellax_ds that wrote it.
     """
 
-    interaction: str = "full"
-    interaction_init: str = "identity"
+    interaction: Kind = "full"
+    interaction_init: Init = "identity"
+    interaction_head: Head = "mlp"
     interaction_hidden: int | None = None
+    interaction_factors: int | None = None
+    interaction_experts: int = 4
+    interaction_temperature: float = 1.0
+    interaction_shared: bool = False
     instance_dim: int | None = None
     plugin: str = field(default="rellax_ds.model.cflora")
     plugin_version: str = field(default=rellax_ds.__version__)
@@ -87,24 +95,21 @@ class CFLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is untyped
                 raise ConfigError(
                     f"CFLoRA does not support {name} = {getattr(self, name)!r}; leave it unset"
                 )
-        if self.interaction not in ("identity", "full"):
-            raise ConfigError(
-                f"interaction '{self.interaction}' is unknown; choose identity or full"
-            )
-        if self.interaction_init not in ("identity", "reference"):
-            raise ConfigError(
-                f"interaction_init '{self.interaction_init}' is unknown; "
-                "choose identity or reference"
-            )
         if self.conditional and not self.instance_dim:
             raise ConfigError(
-                "interaction 'full' needs instance_dim, the width of the instance embedding h"
+                f"interaction '{self.interaction}' needs instance_dim, the width of the instance "
+                "embedding h"
             )
+
+    @property
+    def spec(self) -> InteractionSpec:
+        """What the interaction fields say about M(h)."""
+        return InteractionSpec.of(self, self.r)
 
     @property
     def conditional(self) -> bool:
         """Whether M depends on the sample, so the adapter cannot be folded into the weights."""
-        return self.interaction != "identity"
+        return not self.spec.input_independent
 
 
 class GateContext:
@@ -237,7 +242,7 @@ class CFLoraModel(LoraModel):  # type: ignore[misc]
             self.cflora_interaction = nn.ModuleDict()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: CFLoraConfig = self.peft_config[adapter_name]
-        if not config.conditional:
+        if config.interaction == "identity":
             return
         layers = [
             m for m in model.modules() if isinstance(m, CFLoraLinear) and adapter_name in m.lora_A
@@ -246,13 +251,7 @@ class CFLoraModel(LoraModel):  # type: ignore[misc]
             layer.gate_index[adapter_name] = index
         factor = layers[0].lora_A[adapter_name].weight
         with factor.device:
-            gates = StackedInteraction(
-                len(layers),
-                cast("int", config.instance_dim),
-                config.r,
-                config.interaction_hidden,
-                residual=config.interaction_init == "identity",
-            )
+            gates = stacked_interaction(config.spec, len(layers), config.instance_dim)
         self.cflora_interaction[adapter_name] = gates
         self._sync_interaction(config.inference_mode)
 
@@ -350,10 +349,8 @@ def attach(base: Any, config: ModelConfig, instance_dim: int) -> Any:
         lora_dropout=config.dropout,
         target_modules=list(config.target_modules),
         task_type="CAUSAL_LM",
-        interaction=config.interaction,
-        interaction_init=config.interaction_init,
-        interaction_hidden=config.interaction_hidden,
-        instance_dim=instance_dim if config.interaction != "identity" else None,
+        instance_dim=None if config.spec.input_independent else instance_dim,
+        **config.model_dump(include=set(INTERACTION_FIELDS)),
     )
     with warnings.catch_warnings():
         # PEFT itself reads a name that newer transformers renamed; users can do nothing about it.
@@ -367,20 +364,22 @@ def start_from(llm: Any, folder: Path) -> None:
     The folder may hold a plain PEFT LoRA. Gates the folder lacks keep their initial value.
 
     Raises:
-        CheckpointError: The folder holds no adapter for exactly these layers and shapes.
+        CheckpointError: The folder holds no adapter for exactly these layers and shapes, or its
+            gates are of another kind.
     """
     saved = read_tensors(folder / WEIGHTS)
     wanted = adapter_tensors(llm)
     optional = {name for name in wanted if f".{CONTAINER}." in name}
+    gated = bool(optional) and any(f".{CONTAINER}." in name for name in saved)
+    _check_origin(llm, folder, gated)
     saved = {
         name: tensor
         for name, tensor in saved.items()
         if name in wanted or f".{CONTAINER}." not in name
     }
-    if not optional & set(saved):
+    if not gated:
         wanted = {name: parameter for name, parameter in wanted.items() if name not in optional}
     check_tensors(saved, wanted, folder / WEIGHTS)
-    _check_scale(llm, folder)
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(saved[name])
@@ -396,7 +395,7 @@ def adapter_tensors(llm: Any, adapter_name: str = ADAPTER) -> dict[str, torch.Te
     return state
 
 
-def _check_scale(llm: Any, folder: Path) -> None:
+def _check_origin(llm: Any, folder: Path, gated: bool) -> None:
     try:
         saved = peft.PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:
@@ -406,6 +405,11 @@ def _check_scale(llm: Any, folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: trained with alpha / rank = {saved.lora_alpha} / {saved.r}, the recipe has "
             f"{ours.lora_alpha} / {ours.r}; set model.alpha to match"
+        )
+    if gated and saved.spec.function != ours.spec.function:
+        raise CheckpointError(
+            f"{folder}: its gates compute {saved.spec.function}, the recipe wants "
+            f"{ours.spec.function}; set the model.interaction fields to match"
         )
 
 

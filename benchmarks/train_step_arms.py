@@ -19,6 +19,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,7 @@ def run(arm: str, setting: Setting, link: Connection) -> None:
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as scratch:
         runtime.prepare()
         runtime.logger.setLevel(logging.WARNING)
+        quieten()
         torch.set_num_threads(setting.threads)
         turns = Turns(link)
         if arm.startswith("trainer"):
@@ -129,6 +131,14 @@ def run(arm: str, setting: Setting, link: Connection) -> None:
             with torch.backends.mkldnn.flags(enabled=arm != "lora_torch"):
                 run_ours(setting, turns, plain=arm.startswith("lora"))
         link.send(turns.outcome())
+
+
+def quieten() -> None:
+    """Leave out what libraries say on the way."""
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore")
+    transformers_logging.disable_progress_bar()
 
 
 class Turns:
@@ -185,7 +195,7 @@ def run_ours(setting: Setting, turns: Turns, plain: bool) -> None:
     """Our model in the barest loop: forward, backward, clip, AdamW."""
     recipe = without_conditions(setting.recipe) if plain else setting.recipe
     train, prompts = recipe.train, Prompts(setting)
-    model = ours(recipe, prompts).train()
+    model = resident(ours(recipe, prompts).train())
     groups = [
         {"params": list(g.parameters.values()), "lr": g.learning_rate}
         for g in parameter_groups(model, train)
@@ -222,6 +232,14 @@ def run_engine(setting: Setting, turns: Turns) -> None:
         for number, batch in enumerate(batches):
             turns.losses.append(engine.accumulate(batch, recipe.seed, step, number))
         engine.outcome()
+
+
+def resident(model: Any) -> Any:
+    """The model with every weight in memory; a mapped page counts only once it has been read."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sum()
+    return model
 
 
 def parameter_groups(model: ReLLaX, train: TrainConfig) -> list[ParameterGroup]:
@@ -295,8 +313,8 @@ def peft_lora(recipe: Recipe) -> Any:
 
 def run_trainer(setting: Setting, turns: Turns, scratch: Path, answers_only: bool) -> None:
     """`Trainer` over the same micro-batches in the same order."""
+    from transformers import PrinterCallback, TrainerCallback, TrainingArguments
     from transformers import Trainer as HFTrainer
-    from transformers import TrainerCallback, TrainingArguments
 
     class Answers(HFTrainer):  # type: ignore[misc]
         """Logits where there is a label, and nowhere else."""
@@ -331,12 +349,13 @@ def run_trainer(setting: Setting, turns: Turns, scratch: Path, answers_only: boo
         seed=setting.recipe.seed,
     )
     trainer = (Answers if answers_only else HFTrainer)(
-        model=peft_lora(setting.recipe),
+        model=resident(peft_lora(setting.recipe)),
         args=arguments,
         train_dataset=[features(sample, prompts.answer(sample)) for sample in samples],
         data_collator=stock_collator(setting.recipe),
         callbacks=[OnTurn()],
     )
+    trainer.remove_callback(PrinterCallback)
     turns.losses.append(float(trainer.train().training_loss))
 
 

@@ -1,0 +1,173 @@
+"""The operator on a CPU: matrix products of torch, and dropout without a dropped copy of x.
+
+Plain LoRA loses more time to dropout on a CPU than to its products: the mask is drawn element by
+element, written, read, and a dropped copy of x is written and read. Here rows are taken in blocks
+that stay in cache; a compiled generator draws the mask while it multiplies, and draws the same one
+again in the backward pass, so nothing of size [T, d] is stored or made besides the outputs. Without
+dropout the re-bracketed products of the composable path are already the shortest way.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from rellax_ds.kernels import philox_cpu
+from rellax_ds.kernels.composable import ComposablePath, gate_rows
+from rellax_ds.kernels.function import Optionals, Tensors, accumulation
+from rellax_ds.kernels.philox import Dropout
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rellax_ds.kernels.rows import Rows
+
+_BLOCK_ELEMENTS = 1 << 16
+_MIN_ROWS = 16
+
+
+class CpuPath(ComposablePath):
+    """Blocked, compiled dropout around torch's products; see `Path` for what each method computes.
+
+    Results do not depend on the number of threads of the generator, which works in one.
+    """
+
+    name = "cpu"
+
+    def down(
+        self,
+        x: torch.Tensor,
+        A: Tensors,
+        G: Optionals,
+        rows: Rows,
+        scalings: tuple[float, ...],
+        dropout: Dropout | None,
+        keep_mask: bool,
+    ) -> tuple[Tensors, Tensors, Tensors]:
+        """F1."""
+        if dropout is None:
+            return super().down(x, A, G, rows, scalings, dropout, keep_mask)
+        x = x.contiguous()
+        wide = accumulation(x.dtype)
+        scaled = [a.to(wide).t() * dropout.scale for a in A]
+        H = tuple(x.new_empty(x.shape[0], a.shape[0], dtype=wide) for a in A)
+        for first, block in _blocks(x):
+            values = block.to(wide)
+            dropped = torch.empty_like(values)
+            for stream, modules in _by_stream(dropout).items():
+                philox_cpu.drop(values.numpy(), dropped.numpy(), *_draw(dropout, first, stream))
+                for m in modules:
+                    torch.mm(dropped, scaled[m], out=H[m][first : first + block.shape[0]])
+        narrow = tuple(h.to(x.dtype) for h in H)
+        S = tuple(
+            gate_rows(h, g, rows, s).to(x.dtype) for h, g, s in zip(H, G, scalings, strict=True)
+        )
+        return narrow, S, ()
+
+    def grad_down(
+        self,
+        dys: Tensors,
+        weights: Tensors | None,
+        dH: Tensors,
+        A: Tensors,
+        x: torch.Tensor | None,
+        dropout: Dropout | None,
+        mask: Tensors,
+        need_dx: bool,
+        need_dA: tuple[bool, ...],
+    ) -> tuple[torch.Tensor | None, Optionals]:
+        """B3 and B4, in one walk over the rows."""
+        if dropout is None:
+            return super().grad_down(dys, weights, dH, A, x, dropout, mask, need_dx, need_dA)
+        wide = accumulation(dH[0].dtype)
+        down = [a.to(wide) for a in A]
+        scaled = [dh.to(wide) * dropout.scale for dh in dH]
+        dx = _base_gradient(dys, weights, dH[0], A[0].shape[1]) if need_dx else None
+        x = None if x is None else x.contiguous()
+        dA = [torch.zeros_like(a) if need else None for a, need in zip(down, need_dA, strict=True)]
+        for first, block in _blocks(dx if x is None else x):
+            part = slice(first, first + block.shape[0])
+            for stream, modules in _by_stream(dropout).items():
+                draw = _draw(dropout, first, stream)
+                term = _sum_of_products(scaled, down, modules, part) if need_dx else None
+                dropped = _walk(block if x is not None else None, term, dx, part, draw)
+                for m in modules:
+                    if dA[m] is not None:
+                        dA[m].addmm_(scaled[m][part].t(), dropped)
+        return dx, tuple(dA)
+
+
+def _walk(
+    x: torch.Tensor | None,
+    term: torch.Tensor | None,
+    dx: torch.Tensor | None,
+    part: slice,
+    draw: tuple[np.uint64, int, int, int],
+) -> torch.Tensor | None:
+    """Draw the mask of a block once: add the kept part of `term` to dx, return the kept part of
+    x.
+    """
+    dropped = None
+    if x is not None:
+        values = x.to(accumulation(x.dtype))
+        dropped = torch.empty_like(values)
+    if term is None:
+        assert dropped is not None
+        philox_cpu.drop(values.numpy(), dropped.numpy(), *draw)
+        return dropped
+    assert dx is not None
+    out = dx[part].to(term.dtype)
+    if dropped is None:
+        philox_cpu.add_kept(term.numpy(), out.numpy(), *draw)
+    else:
+        philox_cpu.drop_and_add_kept(
+            values.numpy(), dropped.numpy(), term.numpy(), out.numpy(), *draw
+        )
+    if out.dtype != dx.dtype:
+        dx[part] = out
+    return dropped
+
+
+def _base_gradient(
+    dys: Tensors, weights: Tensors | None, like: torch.Tensor, width: int
+) -> torch.Tensor:
+    """Sum of dy W, or zeros where the base layers differentiate themselves."""
+    if weights is None:
+        return like.new_zeros(like.shape[0], width)
+    dx = dys[0] @ weights[0]
+    for dy, weight in zip(dys[1:], weights[1:], strict=True):
+        dx.addmm_(dy, weight)
+    return dx
+
+
+def _sum_of_products(
+    left: list[torch.Tensor], right: list[torch.Tensor], modules: list[int], part: slice
+) -> torch.Tensor:
+    total = left[modules[0]][part] @ right[modules[0]]
+    for m in modules[1:]:
+        total.addmm_(left[m][part], right[m])
+    return total
+
+
+def _blocks(tensor: torch.Tensor | None) -> Iterator[tuple[int, torch.Tensor]]:
+    """Blocks of rows that stay in cache, with their first row."""
+    assert tensor is not None
+    size = max(_MIN_ROWS, _BLOCK_ELEMENTS // max(tensor.shape[1], 1))
+    for first in range(0, tensor.shape[0], size):
+        yield first, tensor[first : first + size]
+
+
+def _by_stream(dropout: Dropout) -> dict[int, list[int]]:
+    """Modules that share a mask."""
+    groups: dict[int, list[int]] = {}
+    for module, stream in enumerate(dropout.streams):
+        groups.setdefault(stream, []).append(module)
+    return groups
+
+
+def _draw(dropout: Dropout, first_row: int, stream: int) -> tuple[np.uint64, int, int, int]:
+    """Arguments of the compiled generator for a block of rows."""
+    seed = np.uint64(int(dropout.seed) & 0xFFFFFFFFFFFFFFFF)
+    return seed, first_row, dropout.threshold, stream

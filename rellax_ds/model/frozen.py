@@ -44,8 +44,8 @@ def frozen_products() -> contextlib.AbstractContextManager[Any]:
 def onednn_pays() -> bool:
     """Whether oneDNN's float32 products beat the ones torch uses here; logged once."""
     if not (
-        torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
+        torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         and cpu_vendor() not in ("GenuineIntel", "")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -80,7 +80,8 @@ class FrozenProducts(TorchFunctionMode):
     ) -> Any:
         """Compute `func`, a frozen linear layer by oneDNN."""
         if func is F.linear and not kwargs and _fits(*args):
-            return FrozenLinear.apply(*args[:2], *(args[2:] or (None,)))
+            x, weight, bias = (*args, None)[:3]
+            return FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 

@@ -3,9 +3,9 @@ of its own.
 
 `trainer` is what a user of Hugging Face writes: `Trainer`, PEFT's LoRA, labels of -100 everywhere
 but at the answer, the stock collator. `trainer_answers` is the same with logits at the answer
-positions only. `lora` is ours with M = I and no soft tokens, `lora_torch` the same with torch's own
-products for the frozen layers, `rellax` ours as the recipe trains it, `rellax_zero3` the same in
-stage 6's engine. Arms without SPA read the prompts without the soft-token slots, so all arms have
+positions only. `lora` is ours with M = I and no soft tokens, `rellax` ours as the recipe trains it,
+`rellax_zero3` the same in stage 6's engine; `_torch` stands for torch's own products in the frozen
+layers, which is all there is on a CPU of Intel's. Arms without SPA read the prompts without the soft-token slots, so all arms have
 the same words. An arm waits for its turn at the top of every step, so that whoever holds the other
 end of the link can time it.
 """
@@ -44,7 +44,10 @@ if TYPE_CHECKING:
     from rellax_ds.engine.engine import ParameterGroup
     from rellax_ds.model.rellax import ReLLaX
 
-ARMS = ("trainer", "trainer_answers", "lora_torch", "lora", "rellax", "rellax_zero3")
+ARMS = (
+    *("trainer", "trainer_answers"),
+    *("lora_torch", "lora", "rellax_torch", "rellax", "rellax_zero3"),
+)
 IGNORED = -100
 
 
@@ -128,7 +131,7 @@ def run(arm: str, setting: Setting, link: Connection) -> None:
         elif arm == "rellax_zero3":
             run_engine(setting, turns)
         else:
-            with torch.backends.mkldnn.flags(enabled=arm != "lora_torch"):
+            with torch.backends.mkldnn.flags(enabled=not arm.endswith("_torch")):
                 run_ours(setting, turns, plain=arm.startswith("lora"))
         link.send(turns.outcome())
 

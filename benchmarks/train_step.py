@@ -204,9 +204,9 @@ def describe(page: Report, setting: Setting, timings: dict[str, Timing]) -> None
     page.body.append(
         f"Recipe {setting.recipe.name}: {train.global_batch} samples a step in micro-batches of "
         f"{train.micro_batch}, {setting.threads} threads, {setting.steps - WARM_UP} timed steps "
-        "of each arm in turns; `times trainer` is the median over steps of the same samples. The losses "
-        "of the Trainer are over the vocabulary, ours are the recipe's. The `_torch` arms leave the "
-        "frozen layers to torch's own products: a CPU on which MKL uses AVX-512 gets these rows."
+        "of each arm in turns; `times trainer` is the median over steps of the same samples. The "
+        "losses of the Trainer are over the vocabulary, ours are the recipe's. The `_torch` arms "
+        "leave the frozen layers to torch's own products: what a CPU of Intel's gets."
     )
     if BASELINE in timings and OURS in timings:
         base, ours = timings[BASELINE].outcome, timings[OURS].outcome

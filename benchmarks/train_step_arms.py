@@ -5,9 +5,9 @@ of its own.
 but at the answer, the stock collator. `trainer_answers` is the same with logits at the answer
 positions only. `lora` is ours with M = I and no soft tokens, `rellax` ours as the recipe trains it,
 `rellax_zero3` the same in stage 6's engine; `_torch` stands for torch's own products in the frozen
-layers, which is all there is on a CPU of Intel's. Arms without SPA read the prompts without the soft-token slots, so all arms have
-the same words. An arm waits for its turn at the top of every step, so that whoever holds the other
-end of the link can time it.
+layers, which is what a CPU of Intel's gets. Arms without SPA read the prompts without the
+soft-token slots, so all arms have the same words. An arm waits for its turn at the top of every
+step, so that whoever holds the other end of the link can time it.
 """
 
 from __future__ import annotations

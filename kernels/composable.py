@@ -81,8 +81,8 @@ class ComposablePath(Path):
         self, dys: Tensors, B: Tensors, S: Optionals, need_dS: bool
     ) -> tuple[Optionals, Optionals]:
         """B1."""
-        dS = tuple(dy @ b if need_dS else None for dy, b in zip(dys, B, strict=True))
-        dB = tuple(None if s is None else dy.t() @ s for dy, s in zip(dys, S, strict=True))
+        dS = tuple(dy @ columns(b) if need_dS else None for dy, b in zip(dys, B, strict=True))
+        dB = tuple(None if s is None else (s.t() @ dy).t() for dy, s in zip(dys, S, strict=True))
         return dS, dB
 
     def grad_gate(
@@ -137,6 +137,13 @@ class ComposablePath(Path):
             else:
                 dA.append(None)
         return dx, tuple(dA)
+
+
+def columns(B: torch.Tensor) -> torch.Tensor:
+    """B with contiguous columns: a skinny product with it is then several times faster on a
+    CPU.
+    """
+    return B.t().contiguous().t()
 
 
 def gate_rows(H: torch.Tensor, G: torch.Tensor | None, rows: Rows, scaling: float) -> torch.Tensor:

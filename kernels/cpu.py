@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rellax_ds.kernels import philox_cpu
-from rellax_ds.kernels.composable import ComposablePath, gate_rows
+from rellax_ds.kernels.composable import ComposablePath, columns, gate_rows
 from rellax_ds.kernels.function import Optionals, Tensors, accumulation
 from rellax_ds.kernels.philox import Dropout
 
@@ -53,9 +53,9 @@ class CpuPath(ComposablePath):
         wide = accumulation(x.dtype)
         scaled = [a.to(wide).t() * dropout.scale for a in A]
         H = tuple(x.new_empty(x.shape[0], a.shape[0], dtype=wide) for a in A)
+        tile = x.new_empty(_block_rows(x), x.shape[1], dtype=wide)
         for first, block in _blocks(x):
-            values = block.to(wide)
-            dropped = torch.empty_like(values)
+            values, dropped = block.to(wide), tile[: block.shape[0]]
             for stream, modules in _by_stream(dropout).items():
                 philox_cpu.drop(values.numpy(), dropped.numpy(), *_draw(dropout, first, stream))
                 for m in modules:
@@ -65,6 +65,27 @@ class CpuPath(ComposablePath):
             gate_rows(h, g, rows, s).to(x.dtype) for h, g, s in zip(H, G, scalings, strict=True)
         )
         return narrow, S, ()
+
+    def grad_up(
+        self, dys: Tensors, B: Tensors, S: Optionals, need_dS: bool
+    ) -> tuple[Optionals, Optionals]:
+        """B1, with both products of a block of dy while it is in cache."""
+        if not need_dS or any(s is None for s in S):
+            return super().grad_up(dys, B, S, need_dS)
+        dS, dB = [], []
+        for dy, b, s in zip(dys, B, S, strict=True):
+            wide = accumulation(dy.dtype)
+            down = columns(b.to(wide))
+            up_gradient = dy.new_empty(dy.shape[0], b.shape[1])
+            total = dy.new_zeros(b.shape[1], b.shape[0], dtype=wide)
+            for first, block in _blocks(dy):
+                part = slice(first, first + block.shape[0])
+                values = block.to(wide)
+                up_gradient[part] = values @ down
+                total.addmm_(s[part].to(wide).t(), values)
+            dS.append(up_gradient)
+            dB.append(total.t())
+        return tuple(dS), tuple(dB)
 
     def grad_down(
         self,
@@ -87,47 +108,48 @@ class CpuPath(ComposablePath):
         dx = _base_gradient(dys, weights, dH[0], A[0].shape[1]) if need_dx else None
         x = None if x is None else x.contiguous()
         dA = [torch.zeros_like(a) if need else None for a, need in zip(down, need_dA, strict=True)]
-        for first, block in _blocks(dx if x is None else x):
+        like = dx if x is None else x
+        assert like is not None
+        tiles = like.new_empty(2, _block_rows(like), like.shape[1], dtype=wide)
+        for first, block in _blocks(like):
             part = slice(first, first + block.shape[0])
+            kept, term_tile = tiles[:, : block.shape[0]]
             for stream, modules in _by_stream(dropout).items():
                 draw = _draw(dropout, first, stream)
-                term = _sum_of_products(scaled, down, modules, part) if need_dx else None
-                dropped = _walk(block if x is not None else None, term, dx, part, draw)
+                term = None
+                if need_dx:
+                    term = _sum_of_products(scaled, down, modules, part, term_tile)
+                _walk(None if x is None else block, kept, term, dx, part, draw)
                 for m in modules:
                     if dA[m] is not None:
-                        dA[m].addmm_(scaled[m][part].t(), dropped)
+                        dA[m].addmm_(scaled[m][part].t(), kept)
         return dx, tuple(dA)
 
 
 def _walk(
     x: torch.Tensor | None,
+    kept: torch.Tensor,
     term: torch.Tensor | None,
     dx: torch.Tensor | None,
     part: slice,
     draw: tuple[np.uint64, int, int, int],
-) -> torch.Tensor | None:
-    """Draw the mask of a block once: add the kept part of `term` to dx, return the kept part of
-    x.
+) -> None:
+    """Draw the mask of a block once: `kept` becomes the kept part of x, dx gains that of
+    `term`.
     """
-    dropped = None
-    if x is not None:
-        values = x.to(accumulation(x.dtype))
-        dropped = torch.empty_like(values)
+    values = None if x is None else x.to(kept.dtype).numpy()
     if term is None:
-        assert dropped is not None
-        philox_cpu.drop(values.numpy(), dropped.numpy(), *draw)
-        return dropped
+        assert values is not None
+        philox_cpu.drop(values, kept.numpy(), *draw)
+        return
     assert dx is not None
     out = dx[part].to(term.dtype)
-    if dropped is None:
+    if values is None:
         philox_cpu.add_kept(term.numpy(), out.numpy(), *draw)
     else:
-        philox_cpu.drop_and_add_kept(
-            values.numpy(), dropped.numpy(), term.numpy(), out.numpy(), *draw
-        )
+        philox_cpu.drop_and_add_kept(values, kept.numpy(), term.numpy(), out.numpy(), *draw)
     if out.dtype != dx.dtype:
         dx[part] = out
-    return dropped
 
 
 def _base_gradient(
@@ -143,20 +165,27 @@ def _base_gradient(
 
 
 def _sum_of_products(
-    left: list[torch.Tensor], right: list[torch.Tensor], modules: list[int], part: slice
+    left: list[torch.Tensor],
+    right: list[torch.Tensor],
+    modules: list[int],
+    part: slice,
+    out: torch.Tensor,
 ) -> torch.Tensor:
-    total = left[modules[0]][part] @ right[modules[0]]
+    torch.mm(left[modules[0]][part], right[modules[0]], out=out)
     for m in modules[1:]:
-        total.addmm_(left[m][part], right[m])
-    return total
+        out.addmm_(left[m][part], right[m])
+    return out
 
 
-def _blocks(tensor: torch.Tensor | None) -> Iterator[tuple[int, torch.Tensor]]:
-    """Blocks of rows that stay in cache, with their first row."""
-    assert tensor is not None
-    size = max(_MIN_ROWS, _BLOCK_ELEMENTS // max(tensor.shape[1], 1))
-    for first in range(0, tensor.shape[0], size):
-        yield first, tensor[first : first + size]
+def _block_rows(tensor: torch.Tensor) -> int:
+    """Rows of a block that stays in cache."""
+    return min(tensor.shape[0], max(_MIN_ROWS, _BLOCK_ELEMENTS // max(tensor.shape[1], 1)))
+
+
+def _blocks(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Blocks of rows, each with its first row."""
+    for first in range(0, tensor.shape[0], max(_block_rows(tensor), 1)):
+        yield first, tensor[first : first + _block_rows(tensor)]
 
 
 def _by_stream(dropout: Dropout) -> dict[int, list[int]]:

@@ -43,6 +43,7 @@ class Rows:
         self.uniform_length = self._uniform_length()
         self.table = torch.tensor(self.runs, dtype=torch.int64).reshape(-1, 3)
         self._ids: dict[torch.device, torch.Tensor] = {}
+        self._by_sample: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
         self._tiles: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     @classmethod
@@ -105,6 +106,24 @@ class Rows:
             tensor = torch.tensor(table, dtype=torch.int32).reshape(-1, 3)
             self._tiles[key] = tensor.to(key[1])
         return self._tiles[key]
+
+    def tiles_by_sample(
+        self, block: int, device: torch.device | str = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tiles grouped by sample: int32 tile numbers in the order of their rows, and int32 offsets
+        [S + 1] of each sample's share; cached per block.
+        """
+        key = (block, torch.device(device))
+        if key not in self._by_sample:
+            owners = self.tiles(block)[:, 2].long()
+            order = torch.argsort(owners, stable=True)
+            first = int((owners < 0).sum())
+            counts = torch.bincount(owners[owners >= 0], minlength=self.samples)
+            offsets = torch.zeros(self.samples + 1, dtype=torch.int64)
+            torch.cumsum(counts, 0, out=offsets[1:])
+            tensors = (order[first:].int(), offsets.int())
+            self._by_sample[key] = (tensors[0].to(key[1]), tensors[1].to(key[1]))
+        return self._by_sample[key]
 
     def _uniform_length(self) -> int | None:
         if not self.samples or len(self.runs) != self.samples:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rellax_ds.errors import ConfigError
+from rellax_ds.model.frozen import frozen_products
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -108,7 +109,8 @@ def run_body(model: Any, embeddings: torch.Tensor, attention_mask: torch.Tensor)
         positions = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
         arguments = {"attention_mask": attention_mask, "position_ids": positions}
     body = model.get_decoder()
-    hidden: torch.Tensor = body(inputs_embeds=embeddings, use_cache=False, **arguments)[0]
+    with frozen_products():
+        hidden: torch.Tensor = body(inputs_embeds=embeddings, use_cache=False, **arguments)[0]
     return hidden
 
 

@@ -25,10 +25,11 @@ from torch.nn import functional as F
 from rellax_ds.errors import CheckpointError, ConfigError
 from rellax_ds.model import backbone as backbones
 from rellax_ds.model import cflora
+from rellax_ds.model.frozen import frozen_products
 from rellax_ds.model.spa import SoftPromptProjector, start_projector
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from rellax_ds.config import ModelConfig
 
@@ -134,12 +135,17 @@ class ReLLaX(nn.Module):
 
         The recomputation of a layer runs after the forward has ended, so the gates of that forward
         are captured and put back around it; as ordinary tensors of the graph they still collect
-        every layer's gradient.
+        every layer's gradient. So is the choice of products, which saves other tensors.
         """
         context = self.llm.base_model.context
 
+        @contextlib.contextmanager
+        def again(gates: Any) -> Iterator[None]:
+            with context.set(gates), frozen_products():
+                yield
+
         def capture() -> tuple[Any, Any]:
-            return contextlib.nullcontext(), context.set(context.gates)
+            return contextlib.nullcontext(), again(context.gates)
 
         enable = getattr(self.backbone, "activation_checkpointing_enable", None)
         (enable or self.backbone.gradient_checkpointing_enable)(

@@ -198,10 +198,10 @@ def disagreement(one: dict[Argument, Share], other: dict[Argument, Share]) -> li
     ]
 
 
-def configuration(kernel: str, itemsize: int) -> Any:
+def configuration(kernel: str, itemsize: int, block_rank: int) -> Any:
     """Launch configuration of a kernel on `ARCHITECTURE`, in place of the interpreter's."""
     configs = importlib.import_module("rellax_ds.kernels.configs")
-    return configs.launch(kernel, ARCHITECTURE, itemsize)
+    return configs.launch(kernel, ARCHITECTURE, itemsize, block_rank)
 
 
 def main() -> None:
@@ -210,7 +210,9 @@ def main() -> None:
     paths: dict[str, Path] = {"torch": ComposablePath()}
     with contextlib.suppress(ModuleNotFoundError):
         launch = importlib.import_module("rellax_ds.kernels.launch")
-        launch._config = lambda kernel, tensor: configuration(kernel, tensor.element_size())
+        launch._config = lambda kernel, tensor, rank: configuration(
+            kernel, tensor.element_size(), launch.block_rank(rank)
+        )
         paths |= {"triton": launch.TritonPath(), "cublas": launch.CublasPath()}
     results = []
     for arm in ARMS:

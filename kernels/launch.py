@@ -69,9 +69,9 @@ class _SkinnyKernels(ComposablePath):
         x = x.contiguous()
         H: list[torch.Tensor] = [x] * len(A)
         S, mask = list(H), []
-        for group in _groups(A, G):
-            stacked = torch.stack([A[m] for m in group])
-            gates = None if G[group[0]] is None else torch.stack([G[m] for m in group])
+        for group in _groups(A):
+            stacked = _stack([A[m] for m in group])
+            gates = _gates([G[m] for m in group])
             streams = [dropout.streams[m] for m in group] if dropout else []
             hidden, gated, bits = _down(
                 x, stacked, gates, rows, [scalings[m] for m in group], dropout, streams, keep_mask
@@ -136,11 +136,10 @@ class _SkinnyKernels(ComposablePath):
         dA: list[torch.Tensor | None] = [None] * len(A)
         if x is not None:
             x = x.contiguous()
-            for group in _groups(A, (None,) * len(A)):
+            for group in _groups(A):
                 if any(need_dA[m] for m in group):
-                    found = _grad_a(
-                        torch.stack([dH[m].to(x.dtype) for m in group]), x, dropout, group, mask, A
-                    )
+                    gradients = _stack([dH[m].to(x.dtype) for m in group])
+                    found = _grad_a(gradients, x, dropout, group, mask, A)
                     for place, m in enumerate(group):
                         dA[m] = found[place] if need_dA[m] else None
         return dx, tuple(dA)
@@ -393,7 +392,8 @@ def _grad_gate(
     chunks, T, rank = dS.shape
     config = _config("grad_gate", dS, rank)
     tiles = rows.tiles(config.tile("BM"), dS.device)
-    dH = dS.new_empty(T, rank) if need_dH else None
+    narrow = dS.dtype if H is None else H.dtype
+    dH = dS.new_empty(T, rank, dtype=narrow) if need_dH else None
     parts = None if H is None else dS.new_empty(tiles.shape[0], rank, rank)
     lowrank.grad_gate_kernel[(tiles.shape[0],)](
         dS,
@@ -437,7 +437,7 @@ def _grad_a(
     share, shares = _shares(T, config.tile("BM"), chunks)
     parts = x.new_empty(shares, N, d, rank, dtype=torch.float32)
     streams = [dropout.streams[m] for m in group] if dropout else []
-    bits = mask[_groups(A, (None,) * len(A)).index(group)] if mask else None
+    bits = mask[_groups(A).index(group)] if mask else None
     lowrank.grad_a_kernel[(chunks, shares)](
         dH,
         x,
@@ -466,7 +466,7 @@ def block_rank(rank: int) -> int:
     return max(_MIN_BLOCK_RANK, triton.next_power_of_2(rank))
 
 
-def _groups(A: Tensors, G: Optionals) -> list[list[int]]:
+def _groups(A: Tensors) -> list[list[int]]:
     """Modules that one launch serves: the same rank, at most three."""
     groups: list[list[int]] = []
     for m, a in enumerate(A):
@@ -483,10 +483,24 @@ def _planes(
 ) -> list[torch.Tensor | None]:
     """Packed mask of every module, or None where it is drawn again."""
     planes: list[torch.Tensor | None] = [None] * len(A)
-    for group, bits in zip(_groups(A, (None,) * len(A)), mask, strict=False):
+    for group, bits in zip(_groups(A), mask, strict=False):
         for place, m in enumerate(group):
             planes[m] = bits[min(place, bits.shape[0] - 1)]
     return planes
+
+
+def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """One contiguous tensor of the modules' tensors; no copy of a single contiguous one."""
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].contiguous()[None]
+
+
+def _gates(gates: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Stacked gates of a launch; a module without one gets the identity beside gated modules."""
+    given = [g for g in gates if g is not None]
+    if not given:
+        return None
+    identity = torch.eye(given[0].shape[1], dtype=given[0].dtype, device=given[0].device)
+    return _stack([identity.expand_as(given[0]) if g is None else g for g in gates])
 
 
 def _three(values: list[float] | list[int], filler: float) -> tuple[float, ...]:

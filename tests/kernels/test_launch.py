@@ -45,6 +45,12 @@ def test_stacked_modules(ranks: tuple[int, ...], shared: bool) -> None:
     assert_close(made, "triton", torch.float32, share_dropout=shared)
 
 
+def test_modules_with_and_without_gates_share_a_launch() -> None:
+    made = case(TWO_RUNS, d_outs=(33, 12), ranks=(8, 8), p=0.2)
+    del made.modules[1]["gates"]
+    assert_close(made, "triton", torch.float32)
+
+
 @pytest.mark.parametrize(
     "needs", [c for n in range(5) for c in itertools.combinations(NAMES, n)], ids="-".join
 )

@@ -210,8 +210,8 @@ def main() -> None:
     paths: dict[str, Path] = {"torch": ComposablePath()}
     with contextlib.suppress(ModuleNotFoundError):
         launch = importlib.import_module("rellax_ds.kernels.launch")
-        launch._config = lambda kernel, tensor, rank: configuration(
-            kernel, tensor.element_size(), launch.block_rank(rank)
+        launch.tuning.choose = lambda key, call: configuration(
+            key.kernel, key.itemsize, key.block_rank
         )
         paths |= {"triton": launch.TritonPath(), "cublas": launch.CublasPath()}
     results = []

@@ -2,8 +2,9 @@
 
 Defaults are those whose compiled code passes every gate of `python -m benchmarks.aot` (no spills,
 tensor cores used, shared memory within the architecture's limit); an unknown GPU takes those of the
-oldest known one. A configuration is fixed per kernel, type and architecture, because the order of a
-reduction follows from it.
+oldest known one. A default is fixed per kernel, type and architecture, because the order of a
+reduction follows from it. `candidates` are what `kernels.tuning` may time against a default, and
+`smaller` is the way down where a GPU lacks the resources for one.
 """
 
 from __future__ import annotations
@@ -90,6 +91,61 @@ _WIDE_RANK_ANYWHERE = {
 
 _BY_ARCHITECTURE = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
 
+_PRODUCT: tuple[dict[str, int], ...] = (
+    {"BM": 128, "BN": 256, "num_stages": 3},
+    {"BM": 128, "BN": 128, "num_stages": 4},
+    {"BM": 128, "BN": 128, "num_stages": 3},
+    {"BM": 128, "BN": 128, "num_stages": 4, "num_warps": 4},
+    {"BM": 64, "BN": 256, "num_stages": 4},
+    {"BM": 64, "BN": 128, "num_stages": 4, "num_warps": 4},
+    {"BM": 128, "BN": 64, "num_stages": 4, "num_warps": 4},
+    {"GROUP": 16},
+    {"BK": 32, "num_stages": 5},
+)
+_ALTERNATIVES: dict[str, tuple[dict[str, int], ...]] = {
+    "down": (
+        {"BM": 32},
+        {"BM": 32, "num_warps": 4},
+        {"BM": 64, "num_warps": 4},
+        {"BM": 128},
+        {"num_stages": 4},
+        {"num_stages": 2},
+        {"BK": 128},
+    ),
+    "gemm": _PRODUCT,
+    "gemm_masked": _PRODUCT,
+    "grad_up": (
+        {"num_stages": 1},
+        {"num_stages": 3},
+        {"num_warps": 4},
+        {"BM": 32, "num_stages": 3},
+        {"BN": 128, "num_stages": 3},
+        {"BN": 256},
+    ),
+    "grad_gate": ({"num_warps": 4}, {"num_stages": 2}, {"BM": 32}),
+    "grad_a": (
+        {"num_stages": 2},
+        {"num_stages": 4},
+        {"num_warps": 4},
+        {"BM": 32},
+        {"BN": 64},
+        {"BN": 256},
+    ),
+}
+"""What candidates change of the default, in sizes for two-byte elements."""
+
+_SUMMED = {
+    "down": ("BK",),
+    "gemm": ("BK",),
+    "gemm_masked": ("BK",),
+    "grad_up": ("BM", "BN"),
+    "grad_gate": ("BM",),
+    "grad_a": ("BM", "BN"),
+}
+"""Tile constants that decide how a kernel cuts a sum; other sizes only group independent rows."""
+
+_LEAST = {"BM": 16, "BN": 32, "BK": 32}
+
 
 def launch(kernel: str, architecture: int | None, itemsize: int, block_rank: int = 16) -> Launch:
     """Configuration of a kernel.
@@ -102,12 +158,74 @@ def launch(kernel: str, architecture: int | None, itemsize: int, block_rank: int
     """
     if architecture is None:
         return _INTERPRETER[kernel]
+    return _fitted(_table(kernel, architecture, block_rank), itemsize)
+
+
+def candidates(
+    kernel: str, architecture: int | None, itemsize: int, block_rank: int = 16
+) -> tuple[Launch, ...]:
+    """Configurations worth timing, the default of `launch` first; arguments as there.
+
+    Every one computes the right result; one that a GPU has no room for fails when it is launched.
+    """
+    found = [launch(kernel, architecture, itemsize, block_rank)]
+    if architecture is None:
+        tiles = [(name, size) for name, size in found[0].tiles if size > 16]
+        made = [found[0].with_(**{name: size // 2}) for name, size in tiles]
+    else:
+        table = _table(kernel, architecture, block_rank)
+        made = [_fitted(table.with_(**each), itemsize) for each in _ALTERNATIVES[kernel]]
+    for config in made:
+        if config not in found:
+            found.append(config)
+    return tuple(found)
+
+
+def reorders(kernel: str, one: Launch, other: Launch) -> bool:
+    """Whether two configurations of a kernel cut a sum into different parts."""
+    return any(one.tile(name) != other.tile(name) for name in _SUMMED[kernel])
+
+
+def smaller(config: Launch) -> Launch | None:
+    """The next configuration that needs less shared memory, or None at the end of the way.
+
+    Stages go first, which leaves every sum as it is; then the largest tile is halved.
+    """
+    if config.num_stages > 1:
+        return config.with_(num_stages=config.num_stages - 1)
+    left = [(size, name) for name, size in config.tiles if size > _LEAST.get(name, size)]
+    if not left:
+        return None
+    size, name = max(left)
+    return config.with_(**{name: size // 2})
+
+
+def valid(kernel: str, config: Launch) -> bool:
+    """Whether a configuration has the kernel's tile constants, and sizes a launch accepts."""
+    names = {name for name, _ in _INTERPRETER[kernel].tiles}
+    sizes = [size for name, size in config.tiles if name != "GROUP"]
+    return (
+        {name for name, _ in config.tiles} == names
+        and len(config.tiles) == len(names)
+        and all(16 <= size <= 1024 and size & (size - 1) == 0 for size in sizes)
+        and all(1 <= size <= 64 for name, size in config.tiles if name == "GROUP")
+        and config.num_warps in (1, 2, 4, 8, 16)
+        and 1 <= config.num_stages <= 8
+    )
+
+
+def _table(kernel: str, architecture: int, block_rank: int) -> Launch:
+    """Default for two-byte elements."""
     known = max([key for key in _BY_ARCHITECTURE if key <= architecture] or [80])
     chosen = _BY_ARCHITECTURE[known][kernel]
     if block_rank >= 64:
         chosen = chosen.with_(**_WIDE_RANK_ANYWHERE.get(kernel, {}))
         chosen = chosen.with_(**_WIDE_RANK[known].get(kernel, {}))
-    if itemsize == 4:
-        halved = {name: max(size // 2, 16) for name, size in chosen.tiles if name in ("BK", "BN")}
-        return chosen.with_(num_stages=min(chosen.num_stages, 2), **halved)
     return chosen
+
+
+def _fitted(config: Launch, itemsize: int) -> Launch:
+    if itemsize != 4:
+        return config
+    halved = {name: max(size // 2, 16) for name, size in config.tiles if name in ("BK", "BN")}
+    return config.with_(num_stages=min(config.num_stages, 2), **halved)

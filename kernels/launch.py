@@ -8,7 +8,6 @@ Triton and touches no device; under Triton's interpreter the same code runs on C
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,8 @@ import triton
 from triton import knobs
 
 from rellax_ds.errors import KernelUnavailableError
-from rellax_ds.kernels import configs, gemm, lowrank
+from rellax_ds.kernels import configs, gemm, lowrank, tuning
+from rellax_ds.kernels.choices import hardware
 from rellax_ds.kernels.composable import ComposablePath
 from rellax_ds.kernels.function import Optionals, Tensors
 from rellax_ds.kernels.philox import Dropout
@@ -42,7 +42,8 @@ def unavailable() -> str:
         return ""
     if not torch.cuda.is_available():
         return "no NVIDIA GPU is visible"
-    if _architecture(torch.cuda.current_device()) < _MIN_ARCHITECTURE:
+    found = hardware(torch.device("cuda", torch.cuda.current_device()))
+    if (found.architecture or 0) < _MIN_ARCHITECTURE:
         return "the GPU is older than sm_80"
     return ""
 
@@ -297,11 +298,23 @@ def _gemm(
 ) -> None:
     out = tensors[5]
     assert out is not None
-    config = _config("gemm_masked" if flags["STORED"] else "gemm", out, rank)
-    grid = (triton.cdiv(sizes[0], config.tile("BM")) * triton.cdiv(sizes[1], config.tile("BN")),)
-    filled = tuple(out if t is None else t for t in tensors)
-    gemm.gemm_kernel[grid](
-        *filled, *sizes, *dropout, R=rank, BR=block_rank(rank), **flags, **config.options()
+
+    def call(config: configs.Launch, into: torch.Tensor = out) -> torch.Tensor:
+        tiles = triton.cdiv(sizes[0], config.tile("BM")) * triton.cdiv(sizes[1], config.tile("BN"))
+        given = (*tensors[:5], into, *tensors[6:])
+        filled = tuple(into if t is None else t for t in given)
+        gemm.gemm_kernel[(tiles,)](
+            *filled, *sizes, *dropout, R=rank, BR=block_rank(rank), **flags, **config.options()
+        )
+        return into
+
+    def trial(config: configs.Launch) -> torch.Tensor:
+        return call(config, out.clone() if flags["ACCUMULATE"] else torch.empty_like(out))
+
+    kernel = "gemm_masked" if flags["STORED"] else "gemm"
+    widths = (sizes[0], sizes[2], sizes[1])
+    tuning.launched(
+        kernel, out, block_rank(rank), widths, call, trial, **flags, TRANSPOSED=sizes[3] == 1
     )
 
 
@@ -316,69 +329,81 @@ def _down(
     keep_mask: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     (N, rank, d), T = A.shape, x.shape[0]
-    config = _config("down", x, rank)
-    tiles = rows.tiles(config.tile("BM"), x.device)
-    H, S = x.new_empty(2, N, T, rank).unbind()
     shared = len(set(streams)) <= 1
-    bits = None
-    if dropout is not None and keep_mask:
-        planes = 1 if shared else N
-        bits = torch.empty(planes, T, -(-d // 8), dtype=torch.uint8, device=x.device)
-    lowrank.down_kernel[(tiles.shape[0],)](
-        x,
-        A,
-        A if G is None else G,
-        H,
-        S,
-        A if bits is None else bits,
-        tiles if dropout is None else dropout.seed,
-        tiles,
-        T,
-        d,
-        rows.samples,
-        0 if dropout is None else dropout.threshold,
-        1.0 if dropout is None else dropout.scale,
-        *_three(scalings, 1.0),
-        *_three(streams, 0),
-        N=N,
-        R=rank,
-        BR=block_rank(rank),
-        GATED=G is not None,
-        DROPOUT=dropout is not None,
-        SHARED=shared,
-        STORE=bits is not None,
-        **config.options(),
-    )
-    return H, S, bits
+    stores = dropout is not None and keep_mask
+    flags = {
+        "N": N,
+        "GATED": G is not None,
+        "DROPOUT": dropout is not None,
+        "SHARED": shared,
+        "STORE": stores,
+    }
+
+    def call(
+        config: configs.Launch,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        tiles = rows.tiles(config.tile("BM"), x.device)
+        H, S = x.new_empty(2, N, T, rank).unbind()
+        bits = None
+        if stores:
+            planes = 1 if shared else N
+            bits = torch.empty(planes, T, -(-d // 8), dtype=torch.uint8, device=x.device)
+        lowrank.down_kernel[(tiles.shape[0],)](
+            x,
+            A,
+            A if G is None else G,
+            H,
+            S,
+            A if bits is None else bits,
+            tiles if dropout is None else dropout.seed,
+            tiles,
+            T,
+            d,
+            rows.samples,
+            0 if dropout is None else dropout.threshold,
+            1.0 if dropout is None else dropout.scale,
+            *_three(scalings, 1.0),
+            *_three(streams, 0),
+            R=rank,
+            BR=block_rank(rank),
+            **flags,
+            **config.options(),
+        )
+        return H, S, bits
+
+    return tuning.launched("down", x, block_rank(rank), (T, d, 0), call, **flags)
 
 
 def _grad_up(
     dy: torch.Tensor, B: torch.Tensor, S: torch.Tensor | None, need_dS: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     (T, d), rank = dy.shape, B.shape[1]
-    config = _config("grad_up", dy, rank)
-    chunks = triton.cdiv(d, config.tile("BN"))
-    share, shares = _shares(T, config.tile("BM"), chunks)
-    dS = dy.new_empty(chunks, T, rank, dtype=torch.float32) if need_dS else None
-    dB = None if S is None else dy.new_empty(shares, d, rank, dtype=torch.float32)
-    if dS is None and dB is None:
+    if S is None and not need_dS:
         return None, None
-    lowrank.grad_up_kernel[(chunks, shares)](
-        dy,
-        B,
-        B if S is None else S.contiguous(),
-        B if dS is None else dS,
-        B if dB is None else dB,
-        T,
-        d,
-        share,
-        R=rank,
-        BR=block_rank(rank),
-        NEED_S=dS is not None,
-        NEED_B=dB is not None,
-        **config.options(),
-    )
-    return dS, None if dB is None else dB.sum(0)
+    flags = {"NEED_S": need_dS, "NEED_B": S is not None}
+
+    def call(config: configs.Launch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        chunks = triton.cdiv(d, config.tile("BN"))
+        share, shares = _shares(T, config.tile("BM"), chunks)
+        dS = dy.new_empty(chunks, T, rank, dtype=torch.float32) if need_dS else None
+        dB = None if S is None else dy.new_empty(shares, d, rank, dtype=torch.float32)
+        lowrank.grad_up_kernel[(chunks, shares)](
+            dy,
+            B,
+            B if S is None else S.contiguous(),
+            B if dS is None else dS,
+            B if dB is None else dB,
+            T,
+            d,
+            share,
+            R=rank,
+            BR=block_rank(rank),
+            **flags,
+            **config.options(),
+        )
+        return dS, None if dB is None else dB.sum(0)
+
+    return tuning.launched("grad_up", dy, block_rank(rank), (T, 0, d), call, **flags)
 
 
 def _grad_gate(
@@ -390,37 +415,41 @@ def _grad_gate(
     need_dH: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     chunks, T, rank = dS.shape
-    config = _config("grad_gate", dS, rank)
-    tiles = rows.tiles(config.tile("BM"), dS.device)
     narrow = dS.dtype if H is None else H.dtype
-    dH = dS.new_empty(T, rank, dtype=narrow) if need_dH else None
-    parts = None if H is None else dS.new_empty(tiles.shape[0], rank, rank)
-    lowrank.grad_gate_kernel[(tiles.shape[0],)](
-        dS,
-        dS if H is None else H.contiguous(),
-        dS if G is None else G.contiguous(),
-        dS if dH is None else dH,
-        dS if parts is None else parts,
-        tiles,
-        T,
-        chunks,
-        scaling,
-        R=rank,
-        BR=block_rank(rank),
-        GATED=G is not None,
-        NEED_H=need_dH,
-        NEED_G=H is not None,
-        **config.options(),
+    flags = {"GATED": G is not None, "NEED_H": need_dH, "NEED_G": H is not None}
+
+    def call(config: configs.Launch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        tiles = rows.tiles(config.tile("BM"), dS.device)
+        dH = dS.new_empty(T, rank, dtype=narrow) if need_dH else None
+        parts = None if H is None else dS.new_empty(tiles.shape[0], rank, rank)
+        lowrank.grad_gate_kernel[(tiles.shape[0],)](
+            dS,
+            dS if H is None else H.contiguous(),
+            dS if G is None else G.contiguous(),
+            dS if dH is None else dH,
+            dS if parts is None else parts,
+            tiles,
+            T,
+            chunks,
+            scaling,
+            R=rank,
+            BR=block_rank(rank),
+            **flags,
+            **config.options(),
+        )
+        if parts is None:
+            return dH, None
+        order, offsets = rows.tiles_by_sample(config.tile("BM"), dS.device)
+        dG = dS.new_empty(rows.samples, rank, rank)
+        size = rank * rank
+        lowrank.segment_kernel[(rows.samples,)](
+            parts, order, offsets, dG, SIZE=size, BLOCK=triton.next_power_of_2(size)
+        )
+        return dH, dG
+
+    return tuning.launched(
+        "grad_gate", dS, block_rank(rank), (T, 0, 0), call, **flags, chunks=chunks
     )
-    if parts is None:
-        return dH, None
-    order, offsets = rows.tiles_by_sample(config.tile("BM"), dS.device)
-    dG = dS.new_empty(rows.samples, rank, rank)
-    size = rank * rank
-    lowrank.segment_kernel[(rows.samples,)](
-        parts, order, offsets, dG, SIZE=size, BLOCK=triton.next_power_of_2(size)
-    )
-    return dH, dG
 
 
 def _grad_a(
@@ -432,33 +461,39 @@ def _grad_a(
     A: Tensors,
 ) -> torch.Tensor:
     (N, T, rank), d = dH.shape, x.shape[1]
-    config = _config("grad_a", x, rank)
-    chunks = triton.cdiv(d, config.tile("BN"))
-    share, shares = _shares(T, config.tile("BM"), chunks)
-    parts = x.new_empty(shares, N, d, rank, dtype=torch.float32)
     streams = [dropout.streams[m] for m in group] if dropout else []
     bits = mask[_groups(A).index(group)] if mask else None
-    lowrank.grad_a_kernel[(chunks, shares)](
-        dH,
-        x,
-        parts,
-        x if bits is None else bits,
-        x if dropout is None else dropout.seed,
-        T,
-        d,
-        share,
-        0 if dropout is None else dropout.threshold,
-        1.0 if dropout is None else dropout.scale,
-        *_three(streams, 0),
-        N=N,
-        R=rank,
-        BR=block_rank(rank),
-        DROPOUT=dropout is not None,
-        SHARED=len(set(streams)) <= 1,
-        STORED=bits is not None,
-        **config.options(),
-    )
-    return parts.sum(0).transpose(1, 2)
+    flags = {
+        "N": N,
+        "DROPOUT": dropout is not None,
+        "SHARED": len(set(streams)) <= 1,
+        "STORED": bits is not None,
+    }
+
+    def call(config: configs.Launch) -> torch.Tensor:
+        chunks = triton.cdiv(d, config.tile("BN"))
+        share, shares = _shares(T, config.tile("BM"), chunks)
+        parts = x.new_empty(shares, N, d, rank, dtype=torch.float32)
+        lowrank.grad_a_kernel[(chunks, shares)](
+            dH,
+            x,
+            parts,
+            x if bits is None else bits,
+            x if dropout is None else dropout.seed,
+            T,
+            d,
+            share,
+            0 if dropout is None else dropout.threshold,
+            1.0 if dropout is None else dropout.scale,
+            *_three(streams, 0),
+            R=rank,
+            BR=block_rank(rank),
+            **flags,
+            **config.options(),
+        )
+        return parts.sum(0).transpose(1, 2)
+
+    return tuning.launched("grad_a", x, block_rank(rank), (T, d, 0), call, **flags)
 
 
 def block_rank(rank: int) -> int:
@@ -517,17 +552,6 @@ def _shares(tokens: int, block: int, chunks: int) -> tuple[int, int]:
     wanted = max(_PROGRAMS // chunks, 1)
     rows = triton.cdiv(triton.cdiv(tokens, wanted), block) * block
     return rows, triton.cdiv(tokens, rows)
-
-
-def _config(kernel: str, tensor: torch.Tensor, rank: int) -> configs.Launch:
-    architecture = None if interpreted() else _architecture(tensor.device.index)
-    return configs.launch(kernel, architecture, tensor.element_size(), block_rank(rank))
-
-
-@functools.cache
-def _architecture(device: int) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
 
 
 def _check(x: torch.Tensor) -> None:

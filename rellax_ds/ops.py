@@ -18,7 +18,7 @@ from torch import nn
 
 from rellax_ds import runtime
 from rellax_ds.errors import ConfigError, KernelUnavailableError
-from rellax_ds.kernels import compiled, reference
+from rellax_ds.kernels import compiled, reference, tuning
 from rellax_ds.kernels.composable import arithmetic
 from rellax_ds.kernels.function import Call, CFLora, Path, Tensors
 from rellax_ds.kernels.philox import Dropout, draw_seed, threshold_of
@@ -214,9 +214,13 @@ def _automatic(x: torch.Tensor, dense: bool, factors: Sequence[Factors]) -> tupl
         return "cpu", "tensors on a CPU"
     if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
         reason = _missing("triton")
-        if max(factor.A.shape[0] for factor in factors) > _MAX_RANK:
+        rank = max(factor.A.shape[0] for factor in factors)
+        if rank > _MAX_RANK:
             reason = f"rank above {_MAX_RANK}"
-        return ("composable", reason) if reason else ("triton", "16-bit tensors on this GPU")
+        if reason:
+            return "composable", reason
+        widest = max(factor.B.shape[0] for factor in factors)
+        return tuning.preferred(x, widest, rank), "16-bit tensors on this GPU"
     return "composable", f"{x.dtype} tensors on {x.device.type}"
 
 

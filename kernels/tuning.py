@@ -37,8 +37,8 @@ from rellax_ds.kernels.function import Call, CFLora
 from rellax_ds.kernels.philox import Dropout, threshold_of
 from rellax_ds.kernels.rows import Rows
 
-Timer = Callable[[Callable[[], object]], float]
-"""Milliseconds of a call."""
+Timer = Callable[["functools.partial[object]"], float]
+"""Milliseconds of a call, whose one argument is the configuration or the compute path it runs."""
 
 _MARGIN = 0.98
 _DISAGREEMENT = 0.02

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_suite import correctness, layer, step
+from benchmarks.gpu_suite import autotune, correctness, layer, step
 from benchmarks.gpu_suite.suite import Suite
 from benchmarks.report import REPORTS
 from rellax_ds import ops, runtime
@@ -28,6 +28,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path, default=REPORTS, help="folder of the report")
+    parser.add_argument(
+        "--keep-tuning",
+        action="store_true",
+        help="write the timed configurations to the cache folder, where training finds them",
+    )
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu_suite: no CUDA GPU here; run it on one, or try it out with --device cpu")
@@ -36,6 +41,9 @@ def main() -> int:
     suite = Suite(environment(options.device))
     device = options.device
     suite.run("correctness", 120, lambda section: correctness.check(section, device))
+    suite.run(
+        "autotune", 100, lambda section: autotune.measure(section, device, options.keep_tuning)
+    )
     suite.run("layer", 260, lambda section: layer.measure(section, device))
     suite.run("training step", 90, lambda section: step.measure(section, device))
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -44,6 +45,10 @@ def test_gpu_suite_on_a_cpu_passes_every_section_and_writes_both_reports(tmp_pat
     (as_json,) = tmp_path.glob("*.json")
     found = json.loads(as_json.read_text())
     assert not [failure for section in found["sections"] for failure in section["failures"]]
+    (tuned,) = next(s for s in found["sections"] if s["name"] == "autotune")["tables"]
+    interpreted = importlib.util.find_spec("triton") is not None  # as tests/conftest.py asks for
+    assert bool(tuned["rows"]) == interpreted
+    assert all(row[6] > 0 for row in tuned["rows"])
     (layer,) = next(s for s in found["sections"] if s["name"] == "layer")["tables"]
     arms = [row[0] for row in layer["rows"]]
     assert arms[0] == "bare linear"

@@ -86,7 +86,7 @@ _FRESH = """
 import sys
 import torch
 if sys.argv[2] == "plugin":
-    import rellax_ds.model.cflora
+    import rellax_ds
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM

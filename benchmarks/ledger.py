@@ -8,8 +8,8 @@ otherwise, rank 16, 8192 tokens, in passes P of a 16-bit [T, d] tensor beyond th
 Everything counts: rank-r tensors, scratch, partial sums.
 
 The times are predicted from these bytes and a stated speed of GEMM and HBM; no GPU was used.
-Gate: PEFT's layer costs what its formula says, and what the interpreter teaches about a kernel does
-not depend on the width.
+Gate: PEFT's layer costs what its formula says, what the interpreter teaches about a kernel does not
+depend on the width, and ours stays within the passes and saved bytes it is designed for.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ FORMULA = "t = 4 T d^2 / 700e12 + passes * P / (0.9 * 3.35e12)"
 ORACLE = {"PEFT, fp32 adapters": 52.0, "PEFT, bf16 adapters": 21.0, "PEFT, bf16, p = 0": 16.0}
 RANK_R = 0.1
 """What rank-r tensors may add to the oracle, in passes."""
+
+LIMITS = {"passes_fused": 3.5, "passes_gate_only": 2.3, "saved_gate_only_share": 0.01}
+"""Most passes beyond the bare linear, and most bytes saved for backward as a share of PEFT's."""
 
 SAVED_RANK, SAVED_TOKENS, SAVED_WIDTHS = 8, 512, (576, 1024, 4096)
 
@@ -68,6 +71,9 @@ def main() -> int:
         if found["arm"]["name"] in ("fused", "fused, gate-only"):
             items_table(report, found)
     saved_table(report)
+    for figure, limit in LIMITS.items():
+        value = report.figures.get(figure, limit)
+        report.check(value <= limit, f"{figure} is {value:.4g}, the limit is {limit:g}")
     return report.finish(options.report)
 
 

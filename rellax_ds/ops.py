@@ -35,6 +35,7 @@ _CLASSES = {
     "cublas": ("rellax_ds.kernels.launch", "CublasPath"),
     "triton": ("rellax_ds.kernels.launch", "TritonPath"),
 }
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")
 _MAX_RANK = 64
 _MIN_CAPABILITY = (8, 0)
 
@@ -175,15 +176,24 @@ def cflora(
 def as_dense(base: Dense | nn.Module) -> Dense | None:
     """The layer as weights a path may read itself, or None where it must be called.
 
-    It must be called if it is not a plain `nn.Linear`, has hooks, is trained, or is partitioned by
-    ZeRO-3, where the weight exists only while the layer runs.
+    It must be called if it is not a plain `nn.Linear` or transformers' `Conv1D`, whose weight is
+    [d_in, d_out], has hooks, is trained, or is partitioned by ZeRO-3, where the weight exists only
+    while the layer runs.
     """
     if isinstance(base, nn.Module):
-        if type(base) is not nn.Linear or base._forward_hooks or base._forward_pre_hooks:
+        kind = type(base)
+        transposed = (kind.__module__, kind.__name__) == _CONV1D
+        if (kind is not nn.Linear and not transposed) or base._forward_hooks:
             return None
-        if base._backward_hooks or base._backward_pre_hooks or "forward" in base.__dict__:
+        if base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             return None
-        base = Dense(base.weight, base.bias)
+        if "forward" in base.__dict__ or hasattr(base.weight, "ds_id"):
+            return None
+        weight = base.weight
+        if weight.requires_grad:
+            return None
+        bias = cast("torch.Tensor | None", base.bias)
+        base = Dense(weight.t() if transposed else weight, bias)
     tensors = [t for t in (base.weight, base.bias) if t is not None]
     if any(t.requires_grad or hasattr(t, "ds_id") or not t.is_floating_point() for t in tensors):
         return None

@@ -16,6 +16,7 @@ FLOORS = {
     "schema": 0,
     "section": 1,
     "family": 1,
+    "plugin": 1,
     "data_config": 1,
     "config": 1,
     "recipes": 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from rellax_ds import ops
 from rellax_ds.errors import ConfigError, KernelUnavailableError
@@ -81,6 +82,25 @@ def test_dense_layers_are_those_a_path_may_read() -> None:
     assert ops.as_dense(Own(5, 6).requires_grad_(False)) is None, "a subclass may compute more"
     plain.register_forward_hook(lambda *_: None)
     assert ops.as_dense(plain) is None, "a hook must run"
+
+
+def test_weights_partitioned_by_zero3_are_not_read() -> None:
+    partitioned = nn.Linear(5, 6).requires_grad_(False)
+    partitioned.weight.ds_id = 7  # what DeepSpeed marks them with
+    assert ops.as_dense(partitioned) is None
+    with ops.using("cpu"), pytest.raises(KernelUnavailableError, match="ZeRO-3"):
+        cflora(made()[0], [partitioned], [made()[2]])
+
+
+def test_conv1d_is_read_transposed_and_equals_its_own_forward() -> None:
+    layer = Conv1D(6, 5).requires_grad_(False)
+    nn.init.normal_(layer.bias)
+    dense = ops.as_dense(layer)
+    assert dense is not None
+    assert dense.weight.shape == (6, 5)
+    x, _, factors = made()
+    found, wanted = (cflora(x, [layer], [factors], path=path)[0] for path in ("cpu", "composable"))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_hooks_of_a_base_run_and_its_kept_output_is_not_overwritten() -> None:

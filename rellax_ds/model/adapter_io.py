@@ -6,10 +6,9 @@ Under ZeRO-3 a careless save writes tensors of shape (0,) without an error, so s
 reads the files back and compares every name, shape and value with the model. No collective runs
 after the first byte is written, so a full disk on one rank cannot hang the others.
 
-    adapter_config.json, adapter_model.safetensors   stock PEFT, after `import
-    rellax_ds.model.cflora` spa.safetensors                                  the projector, when
-    there is one rellax.json                                      answer ids, centre, widths, recipe
-    section, versions
+    adapter_config.json, adapter_model.safetensors   stock PEFT, after `import rellax_ds`
+    spa.safetensors                                  the projector, when there is one
+    rellax.json                                      answer ids, centre, widths, recipe section
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-CONFIG = "adapter_config.json"
 META = "rellax.json"
 _FORMAT = 1
 
@@ -75,7 +73,7 @@ def write(state: AdapterState, folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG, state.config)
+        write_json(folder / cflora.SETTINGS, state.config)
         write_json(folder / META, state.meta)
         write_bytes(folder / cflora.WEIGHTS, to_bytes(state.adapter, {"format": "pt"}))
         if state.projector:
@@ -160,8 +158,7 @@ def _adapter_config(model: ReLLaX) -> dict[str, Any]:
     config = copy.copy(model.llm.peft_config[cflora.ADAPTER])
     config.inference_mode = True
     config.base_model_name_or_path = model.config.backbone
-    document: dict[str, Any] = config.to_dict()
-    return {key: sorted(v) if isinstance(v, set) else v for key, v in document.items()}
+    return cflora.settings_document(config)
 
 
 def _meta(model: ReLLaX) -> dict[str, Any]:

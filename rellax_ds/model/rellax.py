@@ -29,7 +29,7 @@ from rellax_ds.model.frozen import frozen_products
 from rellax_ds.model.spa import SoftPromptProjector, start_projector
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from rellax_ds.config import ModelConfig
 
@@ -133,23 +133,15 @@ class ReLLaX(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute layer activations in the backward pass (non-reentrant).
 
-        The recomputation of a layer runs after the forward has ended, so the gates of that forward
-        are captured and put back around it; as ordinary tensors of the graph they still collect
-        every layer's gradient. So is the choice of products, which saves other tensors.
+        A recomputation runs after the forward has ended: the tuner gives it the gates of that
+        forward, and the choice of products, which saves other tensors, is made again here.
         """
-        context = self.llm.base_model.context
 
-        @contextlib.contextmanager
-        def again(gates: Any) -> Iterator[None]:
-            with context.set(gates), frozen_products():
-                yield
+        def again() -> tuple[Any, Any]:
+            return contextlib.nullcontext(), frozen_products()
 
-        def capture() -> tuple[Any, Any]:
-            return contextlib.nullcontext(), again(context.gates)
-
-        enable = getattr(self.backbone, "activation_checkpointing_enable", None)
-        (enable or self.backbone.gradient_checkpointing_enable)(
-            {"use_reentrant": False, "context_fn": capture}
+        self.llm.base_model.activation_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": again}
         )
 
     def _embed(

@@ -6,14 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from tiny_models import TARGETS, VOCABULARY, tiny_model
 
 from rellax_ds.batch import Batch
 from rellax_ds.config import ModelConfig
@@ -23,40 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-VOCABULARY, ITEM_DIM, INSTANCE_DIM = 60, 6, 5
+ITEM_DIM, INSTANCE_DIM = 6, 5
 ANSWERS = {"yes": 11, "no": 12}
-
-
-def tiny_model(family: str) -> Any:
-    torch.manual_seed(3)
-    llama = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.2,
-    }
-    if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(**llama, tie_word_embeddings=True))
-    if family == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**llama, tie_word_embeddings=False))
-    gpt2 = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
-        initializer_range=0.2,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    return GPT2LMHeadModel(gpt2)
-
-
-TARGETS = {"llama": ("q_proj", "v_proj"), "qwen2": ("q_proj", "v_proj"), "gpt2": ("c_attn",)}
 
 
 @pytest.fixture(scope="session")

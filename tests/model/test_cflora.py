@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -20,10 +22,10 @@ from rellax_ds.model.rellax import adapter_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from rellax_ds.model.rellax import ReLLaX
 
+ROOT = Path(__file__).resolve().parents[2]
 INSTANCE_DIM = 5
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
 
@@ -86,7 +88,7 @@ _FRESH = """
 import sys
 import torch
 if sys.argv[2] == "plugin":
-    import rellax_ds.model.cflora
+    import rellax_ds
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -125,6 +127,18 @@ def test_saved_adapter_loads_in_a_fresh_process_with_equal_logits(
     assert processes[0].returncode == 0, with_plugin
     assert processes[1].returncode != 0
     assert "CFLORA" in without
+
+
+def test_documented_example_runs_as_written(
+    backbones: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "cflora.md").read_text()
+    example = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert example is not None
+    code = example[1].replace("HuggingFaceTB/SmolLM2-135M", str(backbones["llama"]))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/cflora.md", "exec"), {})
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_saved_adapter_loads_through_the_meta_device(

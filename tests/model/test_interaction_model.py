@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rellax_ds.errors import CheckpointError
-from rellax_ds.model import adapter_io
+from rellax_ds.model import adapter_io, cflora
 from rellax_ds.model.cflora import CFLoraConfig
 from rellax_ds.model.rellax import adapter_parameters
 
@@ -183,9 +183,9 @@ def test_adapter_config_without_the_newer_fields_still_loads(
     model = build()
     adapter_io.save(model, tmp_path)
     newer = {f"interaction_{n}" for n in ("head", "factors", "experts", "temperature", "shared")}
-    for name in (adapter_io.CONFIG, adapter_io.META):
+    for name in (cflora.SETTINGS, adapter_io.META):
         document = json.loads((tmp_path / name).read_text())
-        place = document if name == adapter_io.CONFIG else document["model"]
+        place = document if name == cflora.SETTINGS else document["model"]
         for key in newer:
             del place[key]
         (tmp_path / name).write_text(json.dumps(document))

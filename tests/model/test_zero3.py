@@ -29,7 +29,11 @@ CASES = (
     {"family": "llama", "checkpointing": True},
     {"family": "qwen2", "loss": "vocabulary"},
     {"family": "gpt2", "checkpointing": True},
+    {"family": "llama", "path": "reference", "dropout": 0.2},
+    {"family": "qwen2", "path": "composable", "persistent": True, "checkpointing": True},
 )
+"""`path` is the compute path in the engine, where the plain run takes the best one; `persistent`
+keeps every parameter whole on each rank, as ZeRO-3 does with small ones."""
 
 
 def _free_port() -> int:
@@ -45,7 +49,7 @@ def test_zero3_on_two_ranks_trains_and_saves_like_plain_torch(
 ) -> None:
     cases = []
     for index, case in enumerate(CASES):
-        model = build(case["family"])
+        model = build(case["family"], dropout=case.get("dropout", 0.0))
         adapter_io.save(model, tmp_path / f"start{index}")
         cases.append(
             {
@@ -53,6 +57,8 @@ def test_zero3_on_two_ranks_trains_and_saves_like_plain_torch(
                 "model": model.config.model_dump(mode="json"),
                 "loss": case.get("loss", "yes_no"),
                 "checkpointing": case.get("checkpointing", False),
+                "path": case.get("path"),
+                "persistent": case.get("persistent", False),
             }
         )
     (tmp_path / "cases.json").write_text(json.dumps(cases))

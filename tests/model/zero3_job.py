@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.integrations import HfDeepSpeedConfig
 
+from rellax_ds import ops
 from rellax_ds.config import ModelConfig
 from rellax_ds.model import adapter_io
 from rellax_ds.model.rellax import ReLLaX, assemble, trainable_groups
@@ -53,8 +55,8 @@ def plain_losses(case: dict[str, object], start: Path, batches: list[dict]) -> l
     model = build(case, start)
     optimizer = torch.optim.SGD(parameters(model), **OPTIONS)
     losses = []
-    for _ in range(STEPS):
-        each = [model(**batch)[0] for batch in batches]
+    for step in range(STEPS):
+        each = [seeded(model, batch, step) for batch in batches]
         (sum(each) / len(each)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -62,23 +64,35 @@ def plain_losses(case: dict[str, object], start: Path, batches: list[dict]) -> l
     return losses
 
 
+def seeded(model: ReLLaX, batch: dict, step: int) -> torch.Tensor:
+    """Loss with the dropout masks every rank draws."""
+    torch.manual_seed(step)
+    return model(**batch)[0]
+
+
 def engine_losses(
     case: dict[str, object], start: Path, batch: dict, end: Path
 ) -> tuple[list[float], torch.Tensor]:
-    alive = HfDeepSpeedConfig(ZERO3)
+    settings = copy.deepcopy(ZERO3)
+    if case["persistent"]:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 10**9
+    alive = HfDeepSpeedConfig(settings)
     model = build(case, start)
     optimizer = torch.optim.SGD(parameters(model), **OPTIONS)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ZERO3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     assert all(p.numel() == 0 for p in model.parameters()), "a parameter is not partitioned"
+    assert {p.ds_persist for p in model.parameters()} == {case["persistent"]}
     losses = []
-    for _ in range(STEPS):
-        loss, _ = engine(**batch)
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    engine.eval()
-    with torch.no_grad():
-        _, logits = engine(**batch)
+    with ops.using(case["path"]):
+        for step in range(STEPS):
+            torch.manual_seed(step)
+            loss, _ = engine(**batch)
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        engine.eval()
+        with torch.no_grad():
+            _, logits = engine(**batch)
     adapter_io.save(model, end)
     torch.distributed.barrier()
     engine.destroy()

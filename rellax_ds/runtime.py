@@ -6,6 +6,9 @@ Environment variables are read here and nowhere else. Nothing happens at import;
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import hashlib
 import importlib.metadata
 import logging
@@ -219,6 +222,13 @@ def seed_everything(*parts: object) -> int:
 def peak_memory_bytes() -> int:
     """Largest resident size of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def release_memory() -> None:
+    """Give freed heap back to the operating system, as far as its C library can (glibc)."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def versions() -> dict[str, str]:

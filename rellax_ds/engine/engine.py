@@ -102,6 +102,7 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=resolved, dist_init_required=False
             )
+        runtime.release_memory()  # what loading and partitioning left lies under every step's peak
 
     @property
     def model(self) -> nn.Module:

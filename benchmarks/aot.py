@@ -4,6 +4,11 @@ Each kernel is compiled ahead of time for sm_80, sm_90 and sm_100 in its default
 read with the disassembler. The gates: nothing on the stack (hence no spilled register), tensor
 cores used, shared memory within the limit, no atomics, row offsets in 64 bits. The table is about
 compiled code; it says nothing about speed.
+
+Another Triton brings its own compiler and can be tried without installing it:
+
+    pip install --no-deps --target FOLDER triton==3.9.0
+    PYTHONPATH=FOLDER:. python -m benchmarks.aot
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import triton
 from triton import knobs
@@ -39,7 +40,9 @@ def interpreted() -> bool:
 def unavailable() -> str:
     """Why these paths cannot run here; empty where they can."""
     if interpreted():
-        return ""
+        old = triton.__version__.startswith("3.6.")
+        broken = old and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+        return "the interpreter of Triton 3.6 needs NumPy before 2.4" if broken else ""
     if not torch.cuda.is_available():
         return "no NVIDIA GPU is visible"
     found = hardware(torch.device("cuda", torch.cuda.current_device()))

@@ -57,6 +57,14 @@ def _project(x, A, module, columns, d, acc, R: tl.constexpr, BR: tl.constexpr):
 
 
 @triton.jit
+def _ranks_of(sample, R: tl.constexpr):
+    """R, or 0 for rows of no sample. A limit and not a condition: the interpreter of Triton 3.9
+    refuses a mask that a scalar condition was joined to.
+    """
+    return tl.where(sample >= 0, R, 0)
+
+
+@triton.jit
 def _gate(
     acc,
     G,
@@ -82,7 +90,7 @@ def _gate(
     tl.store(H + at, hidden.to(H.dtype.element_ty), mask=inside)
     if GATED:
         start = (module * samples + sample).to(tl.int64) * R * R
-        square = (ranks < R)[:, None] & (ranks < R)[None, :] & (sample >= 0)
+        square = (ranks < R)[:, None] & (ranks < _ranks_of(sample, R))[None, :]
         gate = tl.load(G + start + ranks[:, None] * R + ranks[None, :], mask=square, other=0.0)
         gated = tl.dot(hidden, gate, input_precision="tf32x3")
     else:
@@ -259,7 +267,8 @@ def grad_gate_kernel(
     if NEED_H:
         if GATED:
             start = sample.to(tl.int64) * R * R
-            gate = tl.load(G + start + square, mask=square_mask & (sample >= 0), other=0.0)
+            known = square_mask & (ranks < _ranks_of(sample, R))[None, :]
+            gate = tl.load(G + start + square, mask=known, other=0.0)
             gradient = tl.dot(total, tl.trans(gate), input_precision="ieee")
         else:
             gradient = tl.where(sample >= 0, total, tl.zeros_like(total))

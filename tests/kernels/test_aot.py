@@ -7,38 +7,42 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = """
 import dataclasses, json, sys
+import triton
 from benchmarks.aot import gate, measure
 architecture, rank = map(int, sys.argv[1:])
 found = measure((architecture, "bf16", rank))
-print(json.dumps([
-    [v.id, gate(v, architecture, b), dataclasses.asdict(b)] for v, _, b in found
-]))
+binaries = [[v.id, gate(v, architecture, b), dataclasses.asdict(b)] for v, _, b in found]
+print(json.dumps([triton.__version__, binaries]))
 """
 
 
-def compiled(architecture: int, rank: int) -> dict[str, tuple[list[str], dict]]:
+def output_of(job: str, *arguments: object) -> Any:
+    """What a job prints as JSON, with the same Triton as this process."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-c", JOB, str(architecture), str(rank)]
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *map(str, sys.path)])
+    command = [sys.executable, "-c", job, *map(str, arguments)]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return {name: (failed, binary) for name, failed, binary in json.loads(done.stdout)}
+    return json.loads(done.stdout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "rank"), [(80, 64), (90, 8), (100, 16)])
 def test_default_configurations_pass_every_gate(architecture: int, rank: int) -> None:
-    found = compiled(architecture, rank)
+    version, compiled = output_of(JOB, architecture, rank)
+    assert version == triton.__version__
+    found = {name: (failures, binary) for name, failures, binary in compiled}
     assert {"F1", "F2", "B1", "B2", "B3", "B4"} <= found.keys()
     for name, (failures, binary) in found.items():
         assert not failures, f"{name}: {failures}"
@@ -56,11 +60,4 @@ from rellax_ds.kernels import aot, configs
 config = configs.launch("grad_gate", 80, 2, 64).with_(num_warps=2, BM=64)
 print(json.dumps(gate(variant, 80, aot.read(aot.compile_variant(variant, 80, config)))))
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-c", job]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert any("stack" in failure for failure in json.loads(done.stdout))
+    assert any("stack" in failure for failure in output_of(job))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from operator_cases import NAMES, PADDED, RAGGED, TWO_RUNS, assert_close, case, dropout
 
 pytest.importorskip("triton")
+
+import triton
 
 from rellax_ds.errors import KernelUnavailableError
 from rellax_ds.kernels import configs, launch, philox
@@ -18,6 +21,8 @@ LAYOUTS = {"padded": PADDED, "ragged": RAGGED, "two-runs": TWO_RUNS}
 PATHS = ("triton", "cublas")
 
 assert launch.interpreted(), "tests/conftest.py asks Triton to interpret"
+if launch.unavailable():
+    pytest.skip(launch.unavailable(), allow_module_level=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -180,3 +185,19 @@ def test_types_the_interpreter_gets_wrong_are_refused(path: str) -> None:
 def test_ranks_above_the_limit_are_refused() -> None:
     with pytest.raises(KernelUnavailableError, match="at most 64"):
         case(PADDED, d_in=80, d_outs=(80,), ranks=(65,)).run("triton", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("version", "numpy", "refused"),
+    [("3.6.0", "2.4.0", True), ("3.6.0", "2.3.5", False), ("3.7.0", "2.4.0", False)],
+)
+def test_an_interpreter_that_cannot_loop_is_refused(
+    version: str, numpy: str, refused: bool, monkeypatch
+) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(np, "__version__", numpy)
+    if refused:
+        with pytest.raises(KernelUnavailableError, match="NumPy before"):
+            case(PADDED).run("triton", torch.float32)
+    else:
+        assert not launch.unavailable()

@@ -1,0 +1,354 @@
+"""One adapted linear layer on a CPU: our operator against PEFT's LoRA layer and the bare linear.
+
+All arms share weight, input and upstream gradient, in float32, and take turns: a round runs every
+arm once, in an order that rotates, with the bare linear at both ends. Ratios are taken within
+rounds, so what slows a whole round cancels. All arms leave the frozen product to torch's default;
+`model.frozen` can choose a faster one on some CPUs, but that is no part of the operator.
+
+The gate, at the timed shapes: value and every gradient of each of our arms against the oracle in
+float64 with the same dropout mask, and without dropout those with M = I against PEFT's layer. An
+error may be twice that of the plain formula, or of PEFT, in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import gc
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from benchmarks.gpu_suite.correctness import paths, relative
+from benchmarks.gpu_suite.layer import DROPOUT, Arm, Layer, Shape
+from benchmarks.report import Report, parser
+from benchmarks.saved import saved_bytes
+from rellax_ds import runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+Tensors = dict[str, torch.Tensor]
+Step = dict[str, float]
+"""Seconds of a full step by arm, in one round."""
+
+WIDTHS = (576, 1024, 2048)
+BARE, AGAIN, PEFT = "bare linear", "bare linear again", "PEFT"
+OURS, IDENTITY = "CFLoRA cpu", "CFLoRA cpu, M = I"
+TARGETS = {
+    "cpu_layer_ratio_576": ("at most", 0.75),
+    "cpu_overhead_removed_1024": ("at least", 0.6),
+    "cpu_overhead_removed_2048": ("at least", 0.6),
+    "gate_tax": ("at most", 1.03),
+}
+WARM_UP, LEAST_ROUNDS = 2, 3
+RESAMPLES = 2000
+LEGEND = """\
+Forward is without a graph and with dropout on; backward and full are of a step of both, which
+also saves for the backward; milliseconds are medians over rounds. Ratios are of full steps within
+a round: median, and in brackets the quartiles. Gradients of x and of what the arm trains are made
+anew in every step: A and B in PEFT's arms, A, B and the gates in ours, the gates alone in
+`gate-only`, A and B alone with M = I. The gates are given; the layer that makes them from h, the
+optimiser and everything outside the layer is not counted, nor is peak memory. `saved` are the bytes
+autograd keeps between forward and backward, weights and factors left out. It counts x where a layer
+keeps x itself, though x is the output of the layer before and often lives anyway.
+`PEFT` is its layer as it comes; `CFLoRA eager` is the formula as it reads, with `F.dropout`. The
+compiled layer is timed at the first width only, because compiling takes long, and is in no figure.
+Much of the gain is the cheaper dropout mask, and a model dilutes it with all its other layers."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one arm, an entry a round.
+
+    Attributes:
+        inference: Forward without a graph; dropout stays on.
+        forward: Forward that saves for a backward.
+        full: Forward and backward.
+        busy: CPU seconds of the full step.
+    """
+
+    inference: list[float] = dataclasses.field(default_factory=list)
+    forward: list[float] = dataclasses.field(default_factory=list)
+    full: list[float] = dataclasses.field(default_factory=list)
+    busy: list[float] = dataclasses.field(default_factory=list)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Measure and print; 1 when the gate fails."""
+    options = _arguments().parse_args(given)
+    runtime.prepare()
+    page = Report("cflora")
+    threads_before = torch.get_num_threads()
+    try:
+        run(page, options)
+    finally:
+        torch.set_num_threads(threads_before)
+    return page.finish(options.report)
+
+
+def _arguments() -> argparse.ArgumentParser:
+    made = parser(__doc__)
+    made.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
+    made.add_argument("--tokens", type=int, default=2048, help="of the micro-batch")
+    made.add_argument("--samples", type=int, default=8, help="each has a gate of its own")
+    made.add_argument("--rank", type=int, default=16)
+    made.add_argument(
+        "--threads", type=int, nargs="+", default=[1, 2], help="figures are of the first"
+    )
+    made.add_argument("--rounds", type=int, default=60, help="at most, of each table")
+    made.add_argument("--minutes", type=float, default=7.0, help="for all timing together")
+    made.add_argument("--no-compiled", action="store_true", help="leave out PEFT's, compiled")
+    return made
+
+
+def run(page: Report, options: argparse.Namespace) -> None:
+    """The gate, and behind it every width with every number of threads."""
+    shapes = [Shape(w, options.tokens, options.samples, options.rank) for w in options.widths]
+    torch.set_num_threads(options.threads[0])
+    for shape in shapes:
+        check(page, shape)
+    if page.failures:
+        return
+    page.body.append(f"Gate passed at widths {', '.join(map(str, options.widths))}.\n\n{LEGEND}")
+    end = time.perf_counter() + 60 * options.minutes
+    tables = [(threads, shape) for threads in options.threads for shape in shapes]
+    for place, (threads, shape) in enumerate(tables):
+        torch.set_num_threads(threads)
+        # A round takes time as the square of the width, so what is left is shared out by that.
+        share = shape.width**2 / sum(other.width**2 for _, other in tables[place:])
+        layer = Layer(shape, "cpu", torch.float32)
+        main_table = threads == options.threads[0]
+        compiled = place == 0 and not options.no_compiled
+        arms = all_arms(layer, compiled) if main_table else figure_arms(layer)
+        warm_up(arms, layer)
+        now = time.perf_counter()
+        times = measure(arms, layer, options.rounds, now + (end - now) * share)
+        describe(page, arms, times, layer, threads)
+        claims = {name: paired(times, of) for name, of in CLAIMS.items()}
+        conclude(page, claims, shape.width if main_table else None)
+    taxes = [page.figures.pop(f"gate_tax_{width}") for width in options.widths]
+    page.figures["gate_tax"] = statistics.median(taxes)
+    page.body.append(f"gate_tax, the median over the widths: {shown('gate_tax', page.figures)}.")
+
+
+def figure_arms(layer: Layer) -> list[Arm]:
+    """What the figures need, the bare linear first and last."""
+    return [
+        layer.bare(BARE),
+        layer.peft(PEFT, torch.float32),
+        layer.ours(OURS, "cpu"),
+        layer.ours(IDENTITY, "cpu", gated=False),
+        layer.bare(AGAIN),
+    ]
+
+
+def all_arms(layer: Layer, compiled: bool) -> list[Arm]:
+    """All arms, the bare linear first and last; PEFT's compiled only where there is a compiler."""
+    stock = [
+        layer.bare(BARE),
+        layer.peft(PEFT, torch.float32),
+        layer.peft("PEFT, bf16 adapters", torch.bfloat16),
+    ]
+    if compiled and shutil.which("g++"):
+        arm = layer.peft("PEFT, compiled", torch.float32)
+        stock.append(dataclasses.replace(arm, call=torch.compile(arm.call, dynamic=False)))
+    return [*stock, layer.eager(), *our_arms(layer), layer.bare(AGAIN)]
+
+
+def our_arms(layer: Layer) -> list[Arm]:
+    """The operator on every path a CPU has."""
+    return [
+        arm
+        for path in paths("cpu")
+        for arm in (
+            layer.ours(f"CFLoRA {path}", path),
+            layer.ours(f"CFLoRA {path}, M = I", path, gated=False),
+            layer.ours(f"CFLoRA {path}, gate-only", path, trains_factors=False),
+        )
+    ]
+
+
+def check(page: Report, shape: Shape, judged: Callable[[Layer], Sequence[Arm]] = our_arms) -> None:
+    """The correctness gate at one shape, for the arms `judged` makes of a layer."""
+    for dropout in (DROPOUT, 0.0):
+        layers = [Layer(shape, "cpu", kind, dropout) for kind in (torch.float64, torch.float32)]
+        oracles: dict[tuple[str, ...], list[Tensors]] = {}
+        peft = [] if dropout else [outcome(each.peft(PEFT, each.dtype), each) for each in layers]
+        eager = [] if dropout else [layers[1].eager()]  # its mask is torch's own
+        for arm in (*judged(layers[1]), *eager):
+            trained = tuple(arm.trained)
+            if trained not in oracles:
+                gated, factors = "gates" in trained, "A" in trained
+                oracles[trained] = [
+                    outcome(each.ours("oracle", "reference", gated, factors), each)
+                    for each in layers
+                ]
+            found = outcome(arm, layers[1])
+            place = f"{arm.name} at width {shape.width} and dropout {dropout}"
+            compare(page, place, found, *oracles[trained])
+            if peft and "gates" not in trained:
+                compare(page, f"{place} against PEFT", found, *peft)
+
+
+def outcome(arm: Arm, layer: Layer) -> Tensors:
+    """Value and gradients by name, with the dropout mask of one seed."""
+    torch.manual_seed(1)
+    y = arm.call(layer.x)
+    wanted = {"x": layer.x, **arm.trained}
+    gradients = torch.autograd.grad(y, list(wanted.values()), layer.upstream)
+    named = {f"gradient of {name}": g for name, g in zip(wanted, gradients, strict=True)}
+    return {"y": y.detach(), **named}
+
+
+def compare(page: Report, place: str, found: Tensors, exact: Tensors, plain: Tensors) -> None:
+    """Check each tensor's error against twice that of `plain`."""
+    for name in exact:
+        limit = 2 * relative(plain[name], exact[name]) + 4 * torch.finfo(torch.float32).eps
+        off = relative(found[name], exact[name])
+        page.check(off <= limit, f"{place}: {name} is off by {off:.1e}, allowed is {limit:.1e}")
+
+
+def warm_up(arms: Sequence[Arm], layer: Layer) -> None:
+    """Run every arm, which compiles what is compiled."""
+    for arm in arms:
+        for _ in range(WARM_UP):
+            time_once(arm, layer)
+
+
+def measure(arms: Sequence[Arm], layer: Layer, rounds: int, deadline: float) -> dict[str, Times]:
+    """Rounds of all arms until the deadline, the first and last arm at their places."""
+    times = {arm.name: Times() for arm in arms}
+    first, *middle, last = arms
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(rounds):
+            if number >= LEAST_ROUNDS and time.perf_counter() > deadline:
+                break
+            turn = number % len(middle)
+            for arm in (first, *middle[turn:], *middle[:turn], last):
+                for name, seconds in time_once(arm, layer).items():
+                    getattr(times[arm.name], name).append(seconds)
+    finally:
+        gc.enable()
+    return times
+
+
+def time_once(arm: Arm, layer: Layer) -> dict[str, float]:
+    """Seconds of one forward without a graph, after which caches hold the arm's own data, and of
+    one full step.
+    """
+    wanted = [layer.x, *arm.trained.values()]
+    start = time.perf_counter()
+    with torch.no_grad():
+        arm.call(layer.x)
+    inference = time.perf_counter() - start
+    busy, start = time.process_time(), time.perf_counter()
+    y = arm.call(layer.x)
+    forward = time.perf_counter() - start
+    torch.autograd.grad(y, wanted, layer.upstream)
+    del y
+    full, busy = time.perf_counter() - start, time.process_time() - busy
+    return {"inference": inference, "forward": forward, "full": full, "busy": busy}
+
+
+def ratio(step: Step) -> float:
+    """Ours over PEFT's layer."""
+    return step[OURS] / step[PEFT]
+
+
+def removed(step: Step) -> float:
+    """Share of what PEFT's layer adds to the bare linear that ours does not add."""
+    return (step[PEFT] - step[OURS]) / (step[PEFT] - step[BARE])
+
+
+def tax(step: Step) -> float:
+    """Ours with M(h) over ours with M = I."""
+    return step[OURS] / step[IDENTITY]
+
+
+CLAIMS: dict[str, Callable[[Step], float]] = {
+    "cpu_layer_ratio": ratio,
+    "cpu_overhead_removed": removed,
+    "gate_tax": tax,
+}
+
+
+def paired(times: dict[str, Times], of: Callable[[Step], float]) -> list[float]:
+    """`of` the full steps of every round; the bare linear is the mean of its two turns."""
+    rounds = zip(*(arm.full for arm in times.values()), strict=True)
+    steps = [dict(zip(times, row, strict=True)) for row in rounds]
+    return [of({**step, BARE: (step[BARE] + step[AGAIN]) / 2}) for step in steps]
+
+
+def describe(
+    page: Report, arms: Sequence[Arm], times: dict[str, Times], layer: Layer, threads: int
+) -> None:
+    """The table of one width; the bare linear's own turns are divided by each other."""
+    rows = []
+    for arm in arms:
+        of = times[arm.name]
+        backward = [full - forward for full, forward in zip(of.full, of.forward, strict=True)]
+        saved = saved_bytes(functools.partial(arm.call, layer.x), arm.parameters) / 2**20
+        rows.append(
+            [
+                arm.name,
+                *(statistics.median(each) * 1e3 for each in (of.inference, backward, of.full)),
+                *(spread(of.full, times[base].full) for base in (BARE, PEFT)),
+                saved,
+            ]
+        )
+    shape, every = layer.shape, times.values()
+    share = sum(sum(each.busy) for each in every) / sum(sum(each.full) for each in every)
+    page.body.append(
+        f"## Width {shape.width}, {threads} thread{'s' * (threads > 1)}\n\n{shape.tokens} tokens "
+        f"in {shape.samples} samples, rank {shape.rank}, dropout {layer.dropout}, "
+        f"{len(times[BARE].full)} rounds; CPU seconds over thread seconds {share / threads:.2f}."
+    )
+    header = ["arm", "forward ms", "backward ms", "full ms", "/ bare", "/ PEFT", "saved MiB"]
+    page.table(header, rows)
+
+
+def spread(above: list[float], below: list[float]) -> str:
+    """Median and quartiles of the ratio within rounds."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def conclude(page: Report, claims: dict[str, list[float]], width: int | None) -> None:
+    """Medians over rounds with intervals; where `width` is given they are figures."""
+    rows = []
+    draws = np.random.default_rng(0)
+    for name, values in claims.items():
+        picked = draws.choice(values, (RESAMPLES, len(values)))
+        low, high = np.quantile(np.median(picked, axis=1), [0.025, 0.975])
+        median = statistics.median(values)
+        cell = f"{median:.3f}"
+        if width is not None:
+            page.figures[f"{name}_{width}"] = median
+            cell = shown(f"{name}_{width}", page.figures)
+        rows.append([name, cell, f"{low:.3f} to {high:.3f}"])
+    page.table(["over rounds", "median", "95 % bootstrap interval of the median"], rows)
+
+
+def shown(name: str, figures: dict[str, float]) -> str:
+    """A figure beside its target, where it has one."""
+    value = figures[name]
+    if name not in TARGETS:
+        return f"{value:.3f}"
+    sign, target = TARGETS[name]
+    met = value <= target if sign == "at most" else value >= target
+    return f"{value:.3f}, target {sign} {target}: {'met' if met else 'NOT met'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,7 +20,7 @@ needs_cpu_path = pytest.mark.skipif("cpu" not in ops.available(), reason="no CPU
 @needs_cpu_path
 def test_cflora_passes_its_gate_and_prints_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--widths 48 64 --tokens 32 --samples 4 --rank 4 --rounds 2 --threads 1 1"
-    assert cflora.main([*arguments.split(), "--no-compiled"]) == 0
+    assert cflora.main([*arguments.split(), "--arms", "uncompiled"]) == 0
     out = capsys.readouterr().out
     figures = dict(line.split()[1:] for line in out.splitlines() if line.startswith("FIGURE "))
     assert list(figures) == [

@@ -1,9 +1,9 @@
 """One adapted linear layer on a CPU: our operator against PEFT's LoRA layer and the bare linear.
 
-All arms share weight, input and upstream gradient, in float32, and take turns: a round runs every
-arm once, in an order that rotates, with the bare linear at both ends. Ratios are taken within
-rounds, so what slows a whole round cancels. All arms leave the frozen product to torch's default;
-`model.frozen` can choose a faster one on some CPUs, but that is no part of the operator.
+All arms share weight, input and upstream gradient, in float32, and take turns (`rounds`), with the
+bare linear at both ends of a round. By default width and rank start at those of the recipes. All
+arms leave the frozen product to torch's default; `model.frozen` can choose a faster one on some
+CPUs, but that is no part of the operator.
 
 The gate, at the timed shapes: value and every gradient of each of our arms against the oracle in
 float64 with the same dropout mask, and without dropout those with M = I against PEFT's layer. An
@@ -13,22 +13,19 @@ error may be twice that of the plain formula, or of PEFT, in float32.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
-import gc
 import shutil
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from benchmarks.gpu_suite.correctness import paths, relative
 from benchmarks.gpu_suite.layer import DROPOUT, Arm, Layer, Shape
 from benchmarks.report import Report, parser
+from benchmarks.rounds import Times, interval, measure, spread, warm_up
 from benchmarks.saved import saved_bytes
 from rellax_ds import runtime
 
@@ -49,8 +46,6 @@ TARGETS = {
     "gate_tax": ("at most", 1.03),
 }
 ARMS = ("all", "uncompiled", "figures")
-WARM_UP, LEAST_ROUNDS = 2, 3
-RESAMPLES = 2000
 LEGEND = """\
 Forward is without a graph and with dropout on; backward and full are of a step of both, which
 also saves for the backward; milliseconds are medians over rounds. Ratios are of full steps within
@@ -59,29 +54,14 @@ anew in every step: A and B in PEFT's arms, A, B and the gates in ours, the gate
 `gate-only`, A and B alone with M = I. The gates are given; the layer that makes them from h, the
 optimiser and everything outside the layer is not counted, nor is peak memory. `saved` are the bytes
 autograd keeps between forward and backward, weights and factors left out. It counts x where a layer
-keeps x itself, though x is the output of the layer before and often lives anyway.
+keeps x itself, though x is the output of the layer before and often lives anyway. `faults` are
+page faults of a full step: the allocator is settled first so that freed memory is reused, which
+helps the arms that need most of it.
 `PEFT` is its layer as it comes; `CFLoRA eager` is the formula as it reads, with `F.dropout`. The
 compiled layer is timed at the first width only, because compiling takes long, and is in no figure.
 The figures are of wall time; where other processes run, the ratios of CPU seconds differ from them
 and the run should be repeated. Much of the gain is the cheaper dropout mask, and a model dilutes it
 with all its other layers."""
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds of one arm, an entry a round.
-
-    Attributes:
-        inference: Forward without a graph; dropout stays on.
-        forward: Forward that saves for a backward.
-        full: Forward and backward.
-        busy: CPU seconds of the full step.
-    """
-
-    inference: list[float] = dataclasses.field(default_factory=list)
-    forward: list[float] = dataclasses.field(default_factory=list)
-    full: list[float] = dataclasses.field(default_factory=list)
-    busy: list[float] = dataclasses.field(default_factory=list)
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -102,7 +82,7 @@ def _arguments() -> argparse.ArgumentParser:
     made.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
     made.add_argument("--tokens", type=int, default=2048, help="of the micro-batch")
     made.add_argument("--samples", type=int, default=8, help="each has a gate of its own")
-    made.add_argument("--rank", type=int, default=16)
+    made.add_argument("--rank", type=int, default=8)
     made.add_argument(
         "--threads", type=int, nargs="+", default=[1, 2], help="figures are of the first"
     )
@@ -230,51 +210,6 @@ def compare(page: Report, place: str, found: Tensors, exact: Tensors, plain: Ten
         page.check(off <= limit, f"{place}: {name} is off by {off:.1e}, allowed is {limit:.1e}")
 
 
-def warm_up(arms: Sequence[Arm], layer: Layer) -> None:
-    """Run every arm, which compiles what is compiled."""
-    for arm in arms:
-        for _ in range(WARM_UP):
-            time_once(arm, layer)
-
-
-def measure(arms: Sequence[Arm], layer: Layer, rounds: int, seconds: float) -> dict[str, Times]:
-    """Rounds of all arms until the time is over, the first and last arm at their places."""
-    times = {arm.name: Times() for arm in arms}
-    first, *middle, last = arms
-    deadline = time.perf_counter() + seconds
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(rounds):
-            if number >= LEAST_ROUNDS and time.perf_counter() > deadline:
-                break
-            turn = number % len(middle)
-            for arm in (first, *middle[turn:], *middle[:turn], last):
-                for name, seconds in time_once(arm, layer).items():
-                    getattr(times[arm.name], name).append(seconds)
-    finally:
-        gc.enable()
-    return times
-
-
-def time_once(arm: Arm, layer: Layer) -> dict[str, float]:
-    """Seconds of one forward without a graph, after which caches hold the arm's own data, and of
-    one full step.
-    """
-    wanted = [layer.x, *arm.trained.values()]
-    start = time.perf_counter()
-    with torch.no_grad():
-        arm.call(layer.x)
-    inference = time.perf_counter() - start
-    busy, start = time.process_time(), time.perf_counter()
-    y = arm.call(layer.x)
-    forward = time.perf_counter() - start
-    torch.autograd.grad(y, wanted, layer.upstream)
-    del y
-    full, busy = time.perf_counter() - start, time.process_time() - busy
-    return {"inference": inference, "forward": forward, "full": full, "busy": busy}
-
-
 def ratio(step: Step) -> float:
     """Ours over PEFT's layer."""
     return step[OURS] / step[PEFT]
@@ -321,6 +256,7 @@ def describe(
                 *(statistics.median(each) * 1e3 for each in (of.inference, backward, of.full)),
                 *(spread(of.full, times[base].full) for base in (BARE, PEFT)),
                 saved,
+                round(statistics.median(of.faults)),
             ]
         )
     shape, every = layer.shape, times.values()
@@ -330,32 +266,31 @@ def describe(
         f"in {shape.samples} samples, rank {shape.rank}, dropout {layer.dropout}, "
         f"{len(times[BARE].full)} rounds; CPU seconds over thread seconds {share / threads:.2f}."
     )
-    header = ["arm", "forward ms", "backward ms", "full ms", "/ bare", "/ PEFT", "saved MiB"]
+    header = [
+        "arm",
+        "forward ms",
+        "backward ms",
+        "full ms",
+        "/ bare",
+        "/ PEFT",
+        "saved MiB",
+        "faults",
+    ]
     page.table(header, rows)
-
-
-def spread(above: list[float], below: list[float]) -> str:
-    """Median and quartiles of the ratio within rounds."""
-    ratios = [a / b for a, b in zip(above, below, strict=True)]
-    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def conclude(page: Report, times: dict[str, Times], width: int | None) -> None:
     """Medians over rounds with intervals; where `width` is given they are figures."""
     rows = []
-    draws = np.random.default_rng(0)
     for claim, of in CLAIMS.items():
         values = paired(times, of)
-        picked = draws.choice(values, (RESAMPLES, len(values)))
-        low, high = np.quantile(np.median(picked, axis=1), [0.025, 0.975])
         cell = f"{statistics.median(values):.3f}"
         if width is not None:
             name = f"{claim}_{width}"
             page.figures[name] = statistics.median(values)
             cell = shown(name, page.figures)
         on_cpu = statistics.median(paired(times, of, "busy"))
-        rows.append([claim, cell, f"{low:.3f} to {high:.3f}", f"{on_cpu:.3f}"])
+        rows.append([claim, cell, interval(values), f"{on_cpu:.3f}"])
     page.table(["over rounds", "median", "95 % bootstrap interval", "median of CPU seconds"], rows)
 
 

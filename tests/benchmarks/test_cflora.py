@@ -10,6 +10,7 @@ import pytest
 from benchmarks import cflora
 from benchmarks.gpu_suite.layer import Arm, Layer, Shape
 from benchmarks.report import Report
+from benchmarks.rounds import Times
 from rellax_ds import ops
 
 SHAPE = Shape(width=48, tokens=24, samples=4, rank=4)
@@ -74,6 +75,6 @@ def test_gate_holds_for_every_path_of_a_cpu() -> None:
 
 def test_paired_ratios_take_both_turns_of_the_bare_linear() -> None:
     seconds = {cflora.BARE: 1.0, cflora.PEFT: 4.0, cflora.OURS: 2.5, cflora.AGAIN: 2.0}
-    times = {name: cflora.Times(full=[each]) for name, each in seconds.items()}
+    times = {name: Times(full=[each]) for name, each in seconds.items()}
     assert cflora.paired(times, cflora.removed) == [pytest.approx(1.5 / 2.5)]
     assert cflora.paired(times, cflora.ratio) == [2.5 / 4]

@@ -87,7 +87,7 @@ def _arguments() -> argparse.ArgumentParser:
         "--threads", type=int, nargs="+", default=[1, 2], help="figures are of the first"
     )
     made.add_argument("--rounds", type=int, default=60, help="at most, of each table")
-    made.add_argument("--minutes", type=float, default=7.0, help="for all timing together")
+    made.add_argument("--minutes", type=float, default=6.0, help="for all timing together")
     made.add_argument(
         "--arms", choices=ARMS, default=ARMS[0], help="all, all but the compiled, or the figures'"
     )

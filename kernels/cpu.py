@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from rellax_ds.kernels.rows import Rows
 
-_BLOCK_ELEMENTS = 1 << 16
+_BLOCK_ELEMENTS = 1 << 17
 _MIN_ROWS = 16
 
 
@@ -75,15 +75,15 @@ class CpuPath(ComposablePath):
         dS, dB = [], []
         for dy, b, s in zip(dys, B, S, strict=True):
             wide = accumulation(dy.dtype)
-            down = columns(b.to(wide))
-            up_gradient = dy.new_empty(dy.shape[0], b.shape[1])
+            down, left = columns(b.to(wide)), s.to(wide).t()
+            up_gradient = dy.new_empty(dy.shape[0], b.shape[1], dtype=wide)
             total = dy.new_zeros(b.shape[1], b.shape[0], dtype=wide)
             for first, block in _blocks(dy):
                 part = slice(first, first + block.shape[0])
                 values = block.to(wide)
-                up_gradient[part] = values @ down
-                total.addmm_(s[part].to(wide).t(), values)
-            dS.append(up_gradient)
+                torch.mm(values, down, out=up_gradient[part])
+                total.addmm_(left[:, part], values)
+            dS.append(up_gradient.to(dy.dtype))
             dB.append(total.t())
         return tuple(dS), tuple(dB)
 

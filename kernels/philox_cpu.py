@@ -50,12 +50,12 @@ def drop(x, out, seed, first_row, threshold, stream):
     rows, columns = x.shape
     words = np.empty(4 * ((columns + 7) // 8), np.uint32)
     lanes = words.view(np.uint16)
-    keys = _keys(seed)
+    keys, least = _keys(seed), np.uint16(threshold)
     zero = np.zeros(1, x.dtype)[0]
     for t in range(rows):
         _draw(words, keys, first_row + t, stream)
         for c in range(columns):
-            out[t, c] = x[t, c] if lanes[c] >= threshold else zero
+            out[t, c] = x[t, c] if lanes[c] >= least else zero
 
 
 @numba.njit(nogil=True, cache=True)
@@ -64,25 +64,28 @@ def add_kept(term, out, seed, first_row, threshold, stream):
     rows, columns = term.shape
     words = np.empty(4 * ((columns + 7) // 8), np.uint32)
     lanes = words.view(np.uint16)
-    keys = _keys(seed)
+    keys, least = _keys(seed), np.uint16(threshold)
     zero = np.zeros(1, term.dtype)[0]
     for t in range(rows):
         _draw(words, keys, first_row + t, stream)
         for c in range(columns):
-            out[t, c] += term[t, c] if lanes[c] >= threshold else zero
+            out[t, c] += term[t, c] if lanes[c] >= least else zero
 
 
 @numba.njit(nogil=True, cache=True)
 def drop_and_add_kept(x, dropped, term, out, seed, first_row, threshold, stream):
-    """Both of the above in one walk: dropped = mask * x and out += mask * term."""
+    """Both of the above with one draw: dropped = mask * x and out += mask * term.
+
+    In two loops, because one loop over four arrays is not turned into vector instructions.
+    """
     rows, columns = x.shape
     words = np.empty(4 * ((columns + 7) // 8), np.uint32)
     lanes = words.view(np.uint16)
-    keys = _keys(seed)
+    keys, least = _keys(seed), np.uint16(threshold)
     zero = np.zeros(1, x.dtype)[0]
     for t in range(rows):
         _draw(words, keys, first_row + t, stream)
         for c in range(columns):
-            kept = lanes[c] >= threshold
-            dropped[t, c] = x[t, c] if kept else zero
-            out[t, c] += term[t, c] if kept else zero
+            dropped[t, c] = x[t, c] if lanes[c] >= least else zero
+        for c in range(columns):
+            out[t, c] += term[t, c] if lanes[c] >= least else zero

@@ -57,31 +57,36 @@ class Arm:
 
     name: str
     call: Callable[[torch.Tensor], torch.Tensor]
-    trained: list[torch.Tensor]
+    trained: dict[str, torch.Tensor]
     parameters: list[torch.Tensor]
 
 
 class Layer:
-    """The frozen linear and the factors all arms share."""
+    """The frozen linear and the factors all arms share; the same numbers whatever the type."""
 
-    def __init__(self, shape: Shape, device: str) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        device: str,
+        dtype: torch.dtype = torch.bfloat16,
+        dropout: float = DROPOUT,
+    ) -> None:
         torch.manual_seed(0)
-        self.shape, self.device = shape, device
-        self.base = nn.Linear(
-            shape.width, shape.width, bias=False, device=device, dtype=torch.bfloat16
-        ).requires_grad_(False)
+        self.shape, self.device, self.dtype, self.dropout = shape, device, dtype, dropout
+        self.base = nn.Linear(shape.width, shape.width, bias=False, device=device)
+        self.base.to(dtype).requires_grad_(False)
         self.A = torch.randn(shape.rank, shape.width, device=device) / shape.width**0.5
         self.B = torch.randn(shape.width, shape.rank, device=device)
         self.gates = torch.randn(shape.samples, shape.rank, shape.rank, device=device)
         self.gates.requires_grad_()
-        self.x = torch.randn(shape.tokens, shape.width, device=device, dtype=torch.bfloat16)
-        self.x.requires_grad_()
-        self.upstream = torch.randn_like(self.x)
+        size = (shape.tokens, shape.width)
+        self.x = torch.randn(size, device=device).to(dtype).requires_grad_()
+        self.upstream = torch.randn(size, device=device).to(dtype)
         self.rows = Rows.padded(shape.samples, shape.tokens // shape.samples)
 
     def arms(self) -> Iterator[Arm]:
         """All arms, the bare linear at both ends; made one at a time to save memory."""
-        yield Arm("bare linear", self.base, [], [self.base.weight])
+        yield self.bare("bare linear")
         yield self.peft("PEFT, default (fp32 adapters)", torch.float32)
         yield self.peft("PEFT, bf16 adapters", torch.bfloat16)
         yield self.peft("PEFT, bf16 adapters, compiled", torch.bfloat16, compiled=True)
@@ -90,11 +95,15 @@ class Layer:
             yield self.ours(f"CFLoRA {path}", path)
             yield self.ours(f"CFLoRA {path}, M = I", path, gated=False)
             yield self.ours(f"CFLoRA {path}, gate-only", path, trains_factors=False)
-        yield Arm("bare linear again", self.base, [], [self.base.weight])
+        yield self.bare("bare linear again")
+
+    def bare(self, name: str) -> Arm:
+        """The frozen linear alone."""
+        return Arm(name, self.base, {}, [self.base.weight])
 
     def peft(self, name: str, dtype: torch.dtype, compiled: bool = False) -> Arm:
         """PEFT's layer with our factors."""
-        config = peft.LoraConfig(r=self.shape.rank, lora_alpha=1, lora_dropout=DROPOUT)
+        config = peft.LoraConfig(r=self.shape.rank, lora_alpha=1, lora_dropout=self.dropout)
         layer = LoraLinear(
             self.base,
             "default",
@@ -104,10 +113,10 @@ class Layer:
         ).to(self.device)
         layer.lora_A.to(dtype)
         layer.lora_B.to(dtype)
-        trained = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        trained = {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
         with torch.no_grad():
-            for weight, factor in zip(trained, (self.A, self.B), strict=True):
-                weight.copy_(factor)
+            trained["A"].copy_(self.A)
+            trained["B"].copy_(self.B)
         backend = "inductor" if self.device == "cuda" else "aot_eager"  # no compiler to wait for
         call = torch.compile(layer, backend=backend) if compiled else layer
         return Arm(name, call, trained, [*layer.parameters()])
@@ -118,11 +127,16 @@ class Layer:
         shape = (self.shape.samples, -1, self.shape.rank)
 
         def call(x: torch.Tensor) -> torch.Tensor:
-            hidden = F.linear(F.dropout(x, DROPOUT, training=True), A.to(x.dtype))
+            hidden = F.linear(F.dropout(x, self.dropout, training=True), A.to(x.dtype))
             gated = torch.bmm(hidden.view(shape), self.gates.to(x.dtype)).flatten(0, 1)
             return self.base(x) + F.linear(gated, B.to(x.dtype)) * SCALING
 
-        return Arm("CFLoRA eager", call, [A, B, self.gates], [self.base.weight, A, B])
+        return Arm(
+            "CFLoRA eager",
+            call,
+            {"A": A, "B": B, "gates": self.gates},
+            [self.base.weight, A, B],
+        )
 
     def ours(self, name: str, path: str, gated: bool = True, trains_factors: bool = True) -> Arm:
         """The operator on one path."""
@@ -132,16 +146,17 @@ class Layer:
 
         def call(x: torch.Tensor) -> torch.Tensor:
             (y,) = ops.cflora(
-                x, [self.base], factors, self.rows, dropout_p=DROPOUT, training=True, path=path
+                x, [self.base], factors, self.rows, dropout_p=self.dropout, training=True, path=path
             )
             return y
 
-        trained = [A, B] * trains_factors + [self.gates] * gated
+        trained = {"A": A, "B": B} if trains_factors else {}
+        if gated:
+            trained["gates"] = self.gates
         return Arm(name, call, trained, [self.base.weight, A, B])
 
     def _factors(self, trained: bool) -> list[torch.Tensor]:
-        kind = torch.bfloat16
-        return [f.to(kind).detach().clone().requires_grad_(trained) for f in (self.A, self.B)]
+        return [f.to(self.dtype).detach().clone().requires_grad_(trained) for f in (self.A, self.B)]
 
 
 def measure(section: Section, device: str) -> None:
@@ -170,7 +185,7 @@ def timed(arm: Arm, layer: Layer) -> tuple[float, float, float, float, float | N
     """Milliseconds of forward, of backward as the rest of both, and of both; MiB saved for backward
     and at the peak.
     """
-    x, wanted = layer.x, [layer.x, *arm.trained]
+    x, wanted = layer.x, [layer.x, *arm.trained.values()]
 
     def full() -> None:
         torch.autograd.grad(arm.call(x), wanted, layer.upstream)

@@ -10,7 +10,6 @@ Legend: T rows, S samples, r rank, as in `kernels.function`.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -160,10 +159,5 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 def _rows(table: torch.Tensor, samples: int, length: int) -> Rows:
     if length >= 0:
-        return _padded(samples, length)
+        return Rows.padded(samples, length)
     return Rows([tuple(run) for run in table.tolist()], samples)
-
-
-@functools.lru_cache(maxsize=8)
-def _padded(samples: int, length: int) -> Rows:
-    return Rows.padded(samples, length)

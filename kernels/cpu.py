@@ -4,34 +4,46 @@ Plain LoRA loses more time to dropout on a CPU than to its products: the mask is
 element, written, read, and a dropped copy of x is written and read. Here rows are taken in blocks
 that stay in cache; a compiled generator draws the mask while it multiplies, and draws the same one
 again in the backward pass, so nothing of size [T, d] is stored or made besides the outputs. Without
-dropout the re-bracketed products of the composable path are already the shortest way.
+dropout the re-bracketed products of the composable path are already the shortest way. Where torch
+has several threads, the generator takes as many, each a share of a block's rows.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from rellax_ds.kernels import philox_cpu
-from rellax_ds.kernels.composable import ComposablePath, columns, gate_rows
+from rellax_ds.kernels.composable import ComposablePath, gate_rows
 from rellax_ds.kernels.function import Optionals, Tensors, accumulation
 from rellax_ds.kernels.philox import Dropout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from rellax_ds.kernels.rows import Rows
 
 _BLOCK_ELEMENTS = 1 << 17
+"""Of a thread's share of a block, which stays in its cache."""
+
 _MIN_ROWS = 16
+_SHARED_ELEMENTS = 1 << 15
+"""A thread is not called for less than this."""
+
+Draw = tuple[np.uint64, int, int, int]
+"""Seed, first row, threshold and stream of the generator."""
 
 
 class CpuPath(ComposablePath):
     """Blocked, compiled dropout around torch's products; see `Path` for what each method computes.
 
-    Results do not depend on the number of threads of the generator, which works in one.
+    Products with few columns are made as [r, d] [d, T], which BLAS does faster than [T, d] [d, r].
+    Masks do not depend on the number of threads; sums over rows may, as those of torch do.
     """
 
     name = "cpu"
@@ -51,15 +63,17 @@ class CpuPath(ComposablePath):
             return super().down(x, A, G, rows, scalings, dropout, keep_mask)
         x = x.contiguous()
         wide = accumulation(x.dtype)
-        scaled = [a.to(wide).t() * dropout.scale for a in A]
-        H = tuple(x.new_empty(x.shape[0], a.shape[0], dtype=wide) for a in A)
+        scaled = [a.to(wide) * dropout.scale for a in A]
+        turned = [x.new_empty(a.shape[0], x.shape[0], dtype=wide) for a in A]
         tile = x.new_empty(_block_rows(x), x.shape[1], dtype=wide)
         for first, block in _blocks(x):
             values, dropped = block.to(wide), tile[: block.shape[0]]
             for stream, modules in _by_stream(dropout).items():
-                philox_cpu.drop(values.numpy(), dropped.numpy(), *_draw(dropout, first, stream))
+                _share(philox_cpu.drop, (values, dropped), _draw(dropout, first, stream))
                 for m in modules:
-                    torch.mm(dropped, scaled[m], out=H[m][first : first + block.shape[0]])
+                    part = slice(first, first + block.shape[0])
+                    torch.mm(scaled[m], dropped.t(), out=turned[m][:, part])
+        H = tuple(h.t().contiguous() for h in turned)
         narrow = tuple(h.to(x.dtype) for h in H)
         S = tuple(
             gate_rows(h, g, rows, s).to(x.dtype) for h, g, s in zip(H, G, scalings, strict=True)
@@ -75,15 +89,15 @@ class CpuPath(ComposablePath):
         dS, dB = [], []
         for dy, b, s in zip(dys, B, S, strict=True):
             wide = accumulation(dy.dtype)
-            down, left = columns(b.to(wide)), s.to(wide).t()
-            up_gradient = dy.new_empty(dy.shape[0], b.shape[1], dtype=wide)
+            up, left = b.to(wide).t().contiguous(), s.to(wide).t()
+            turned = dy.new_empty(b.shape[1], dy.shape[0], dtype=wide)
             total = dy.new_zeros(b.shape[1], b.shape[0], dtype=wide)
             for first, block in _blocks(dy):
                 part = slice(first, first + block.shape[0])
                 values = block.to(wide)
-                torch.mm(values, down, out=up_gradient[part])
+                torch.mm(up, values.t(), out=turned[:, part])
                 total.addmm_(left[:, part], values)
-            dS.append(up_gradient.to(dy.dtype))
+            dS.append(turned.t().contiguous().to(dy.dtype))
             dB.append(total.t())
         return tuple(dS), tuple(dB)
 
@@ -132,24 +146,48 @@ def _walk(
     term: torch.Tensor | None,
     dx: torch.Tensor | None,
     part: slice,
-    draw: tuple[np.uint64, int, int, int],
+    draw: Draw,
 ) -> None:
     """Draw the mask of a block once: `kept` becomes the kept part of x, dx gains that of
     `term`.
     """
-    values = None if x is None else x.to(kept.dtype).numpy()
+    values = None if x is None else x.to(kept.dtype)
     if term is None:
         assert values is not None
-        philox_cpu.drop(values, kept.numpy(), *draw)
+        _share(philox_cpu.drop, (values, kept), draw)
         return
     assert dx is not None
     out = dx[part].to(term.dtype)
     if values is None:
-        philox_cpu.add_kept(term.numpy(), out.numpy(), *draw)
+        _share(philox_cpu.add_kept, (term, out), draw)
     else:
-        philox_cpu.drop_and_add_kept(values, kept.numpy(), term.numpy(), out.numpy(), *draw)
+        _share(philox_cpu.drop_and_add_kept, (values, kept, term, out), draw)
     if out.dtype != dx.dtype:
         dx[part] = out
+
+
+def _share(walk: Callable[..., None], tensors: tuple[torch.Tensor, ...], draw: Draw) -> None:
+    """Walk over the rows of a block, in as many threads as torch has."""
+    seed, first, threshold, stream = draw
+    arrays = [tensor.numpy() for tensor in tensors]
+    rows, columns = arrays[0].shape
+    shares = min(torch.get_num_threads(), max(rows * columns // _SHARED_ELEMENTS, 1))
+    bounds = [rows * share // shares for share in range(shares + 1)]
+
+    def part(share: int) -> None:
+        low, high = bounds[share : share + 2]
+        walk(*(array[low:high] for array in arrays), seed, first + low, threshold, stream)
+
+    waiting = [_pool(os.getpid(), shares - 1).submit(part, share) for share in range(1, shares)]
+    part(0)
+    for each in waiting:
+        each.result()
+
+
+@functools.cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of one process; those of a parent do not live on after a fork."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"cflora-{process}")
 
 
 def _base_gradient(
@@ -178,8 +216,9 @@ def _sum_of_products(
 
 
 def _block_rows(tensor: torch.Tensor) -> int:
-    """Rows of a block that stays in cache."""
-    return min(tensor.shape[0], max(_MIN_ROWS, _BLOCK_ELEMENTS // max(tensor.shape[1], 1)))
+    """Rows of a block whose shares stay in the threads' caches."""
+    elements = _BLOCK_ELEMENTS * torch.get_num_threads()
+    return min(tensor.shape[0], max(_MIN_ROWS, elements // max(tensor.shape[1], 1)))
 
 
 def _blocks(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -196,7 +235,7 @@ def _by_stream(dropout: Dropout) -> dict[int, list[int]]:
     return groups
 
 
-def _draw(dropout: Dropout, first_row: int, stream: int) -> tuple[np.uint64, int, int, int]:
+def _draw(dropout: Dropout, first_row: int, stream: int) -> Draw:
     """Arguments of the compiled generator for a block of rows."""
     seed = np.uint64(int(dropout.seed) & 0xFFFFFFFFFFFFFFFF)
     return seed, first_row, dropout.threshold, stream

@@ -11,6 +11,7 @@ stacked call serves several modules that share x.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -149,7 +150,7 @@ class CFLora(torch.autograd.Function):
         _, _, need_A, need_B, need_G = split(tuple(needs))
         has_gradient = any(need_A) or any(need_B) or any(need_G) or need_x
         keep_mask = has_gradient and any(need_A) and call.path.stores_mask
-        with torch.autocast(x.device.type, enabled=False):
+        with _in_own_types(x.device.type):
             A, B, G = _typed(x, As, Bs, Gs)
             H, S, mask = call.path.down(x, A, G, call.rows, call.scalings, call.dropout, keep_mask)
             if call.dense:
@@ -187,7 +188,7 @@ class CFLora(torch.autograd.Function):
         dG: Optionals = (None,) * n
         dA: Optionals = (None,) * n
         dx = None
-        with torch.autocast(ctx.device, enabled=False):
+        with _in_own_types(ctx.device):
             A, B, G = _typed(dys[0].new_empty(0, dtype=ctx.x_type), As, Bs, Gs)
             grads = tuple(dy.to(ctx.x_type) for dy in dys)
             dS, dB = call.path.grad_up(grads, B, S, need_dH or any(need_G))
@@ -225,6 +226,13 @@ def _typed(
         tuple(b.to(x.dtype) for b in Bs),
         tuple(None if g is None else g.to(wide) for g in Gs),
     )
+
+
+def _in_own_types(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Context without autocast, which would change the types chosen here; free where it is off."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _cast(gradient: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:

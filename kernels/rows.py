@@ -6,6 +6,7 @@ through the tables made here, so no path needs to know how a batch was laid out.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,10 +47,13 @@ class Rows:
         self._by_sample: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
         self._tiles: dict[tuple[int, torch.device], torch.Tensor] = {}
 
-    @classmethod
-    def padded(cls, samples: int, length: int) -> Rows:
-        """Rows of a batch [S, L, d] flattened to [S * L, d]."""
-        return cls([(s * length, length, s) for s in range(samples)], samples)
+    @staticmethod
+    @functools.lru_cache(maxsize=64)
+    def padded(samples: int, length: int) -> Rows:
+        """Rows of a batch [S, L, d] flattened to [S * L, d]; the same object for equal arguments,
+        so all layers of a step share its tables.
+        """
+        return Rows([(s * length, length, s) for s in range(samples)], samples)
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int]) -> Rows:

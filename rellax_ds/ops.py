@@ -155,14 +155,14 @@ def cflora(
     dropout = None
     if threshold:
         dropout = Dropout(draw_seed(x.device) if seed is None else seed, threshold, streams)
-    name, dense = _choose(path or _asked, x, bases, factors)
+    layers = [as_dense(base) for base in bases]
+    name, dense = _choose(path or _asked, x, layers, factors)
     if name == "reference":
         return _reference(x, bases, factors, rows, dropout)
     flat = x.reshape(-1, x.shape[-1])
     arguments: list[torch.Tensor | None] = []
-    for base, factor in zip(bases, factors, strict=True):
-        if dense:
-            layer = cast("Dense", as_dense(base))
+    for base, layer, factor in zip(bases, layers, factors, strict=True):
+        if dense and layer is not None:
             arguments += [layer.weight, layer.bias]
         else:
             arguments += [_base_output(base, flat), None]
@@ -203,11 +203,10 @@ def as_dense(base: Dense | nn.Module) -> Dense | None:
 def _choose(
     asked: str | None,
     x: torch.Tensor,
-    bases: Sequence[Dense | nn.Module],
+    layers: Sequence[Dense | None],
     factors: Sequence[Factors],
 ) -> tuple[str, bool]:
     """Path of this call and whether it computes the frozen layers itself."""
-    layers = [as_dense(base) for base in bases]
     dense = all(layer is not None and layer.weight.dtype == x.dtype for layer in layers)
     if asked is None:
         name, reason = _automatic(x, dense, factors)

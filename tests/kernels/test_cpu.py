@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 from operator_cases import NAMES, PADDED, RAGGED, TWO_RUNS, assert_close, case
 
-from rellax_ds.kernels import philox, philox_cpu
+from rellax_ds.kernels import cpu, philox, philox_cpu
 from rellax_ds.kernels.rows import Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LAYOUTS = {"padded": PADDED, "ragged": RAGGED, "two-runs": TWO_RUNS}
 THRESHOLD = 20_000
@@ -51,6 +57,39 @@ def test_cpu_equals_the_oracle(layout: str, dtype: torch.dtype, p: float) -> Non
 @pytest.mark.parametrize("d_in", [31, 123, 576])
 def test_any_rank_and_width(rank: int, d_in: int) -> None:
     assert_close(case(RAGGED, d_in=d_in, ranks=(rank,), p=0.1), "cpu", torch.float32)
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_share_the_rows_of_one_mask(three_threads: None) -> None:
+    x, term, out = torch.randn(3, 601, 257).unbind()
+    draw = (np.uint64(5), 11, THRESHOLD, 1)
+    wanted = [torch.full_like(x, torch.nan), out.clone()]
+    philox_cpu.drop_and_add_kept(
+        x.numpy(), wanted[0].numpy(), term.numpy(), wanted[1].numpy(), *draw
+    )
+    callers = set()
+
+    def walk(*arguments: object) -> None:
+        callers.add(threading.get_ident())
+        time.sleep(0.05)  # no thread is done before the last one has begun
+        philox_cpu.drop_and_add_kept(*arguments)
+
+    found = [torch.full_like(x, torch.nan), out.clone()]
+    cpu._share(walk, (x, found[0], term, found[1]), draw)
+    assert len(callers) == 3
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_several_threads_equal_the_oracle(three_threads: None) -> None:
+    rows = Rows.from_lengths([400, 1, 199])
+    assert_close(case(rows, d_in=257, d_outs=(33, 12), ranks=(5, 8), p=0.2), "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -76,18 +76,20 @@ _HOPPER = {
 }
 _BLACKWELL = {**_AMPERE, "grad_up": _launch(8, 2, BM=64, BN=512)}
 
-_WIDE_RANK = {
-    80: {"down": {"BM": 32}},
-    90: {},
-    100: {"gemm_masked": {"BN": 64}},
+_BY_RANK: dict[tuple[int, int], dict[str, dict[str, int]]] = {
+    (80, 64): {"down": {"BM": 32}},
+    (100, 32): {"down": {"BK": 32}},  # 64 spills with Triton 3.8
+    (100, 64): {"gemm_masked": {"BN": 64}},
 }
-_WIDE_RANK_ANYWHERE = {
+"""What changes at an architecture for ranks that fill a block of this many."""
+
+_WIDE_RANK = {
     "gemm": {"num_stages": 3},
     "gemm_masked": {"num_stages": 2},
     "grad_up": {"BN": 128},
     "grad_gate": {"BM": 32},
 }
-"""What changes when a rank fills a block of 64, by architecture and for all."""
+"""What changes on every architecture when a rank fills a block of 64."""
 
 _BY_ARCHITECTURE = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
 
@@ -110,6 +112,7 @@ _ALTERNATIVES: dict[str, tuple[dict[str, int], ...]] = {
         {"BM": 128},
         {"num_stages": 4},
         {"num_stages": 2},
+        {"BK": 64},
         {"BK": 128},
     ),
     "gemm": _PRODUCT,
@@ -219,9 +222,9 @@ def _table(kernel: str, architecture: int, block_rank: int) -> Launch:
     known = max([key for key in _BY_ARCHITECTURE if key <= architecture] or [80])
     chosen = _BY_ARCHITECTURE[known][kernel]
     if block_rank >= 64:
-        chosen = chosen.with_(**_WIDE_RANK_ANYWHERE.get(kernel, {}))
-        chosen = chosen.with_(**_WIDE_RANK[known].get(kernel, {}))
-    return chosen
+        chosen = chosen.with_(**_WIDE_RANK.get(kernel, {}))
+    by_rank = _BY_RANK.get((known, min(block_rank, 64)), {})
+    return chosen.with_(**by_rank.get(kernel, {}))
 
 
 def _fitted(config: Launch, itemsize: int) -> Launch:

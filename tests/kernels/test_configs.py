@@ -12,7 +12,7 @@ from rellax_ds.kernels import configs
 @pytest.mark.parametrize("architecture", [None, 70, 80, 86, 89, 90, 100, 120, 999])
 @pytest.mark.parametrize("kernel", configs.KERNELS)
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("rank", [16, 32, 64])
 def test_unknown_gpus_take_the_nearest_known_one(
     architecture: int | None, kernel: str, itemsize: int, rank: int
 ) -> None:

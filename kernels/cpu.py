@@ -3,9 +3,10 @@
 Plain LoRA loses more time to dropout on a CPU than to its products: the mask is drawn element by
 element, written, read, and a dropped copy of x is written and read. Here rows are taken in blocks
 that stay in cache; a compiled generator draws the mask while it multiplies, and draws the same one
-again in the backward pass, so nothing of size [T, d] is stored or made besides the outputs. Without
-dropout the re-bracketed products of the composable path are already the shortest way. Where torch
-has several threads, the generator takes as many, each a share of a block's rows.
+again in the backward pass, so nothing of size [T, d] is stored or made besides the outputs. Small
+ranks, in the types a CPU computes, go row by row through `fused_cpu`. Without dropout the
+re-bracketed products of the composable path are already the shortest way. Where torch has several
+threads, compiled loops take as many, each a share of the rows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rellax_ds.kernels import philox_cpu
+from rellax_ds.kernels import fused_cpu, philox_cpu
 from rellax_ds.kernels.composable import ComposablePath, gate_rows
 from rellax_ds.kernels.function import Optionals, Tensors, accumulation
 from rellax_ds.kernels.philox import Dropout
@@ -62,6 +63,13 @@ class CpuPath(ComposablePath):
         if dropout is None:
             return super().down(x, A, G, rows, scalings, dropout, keep_mask)
         x = x.contiguous()
+        if _fused(x, A):
+            H = tuple(_fused_down(x, a, dropout, m) for m, a in enumerate(A))
+            return (
+                H,
+                tuple(gate_rows(h, g, rows, s) for h, g, s in zip(H, G, scalings, strict=True)),
+                (),
+            )
         wide = accumulation(x.dtype)
         scaled = [a.to(wide) * dropout.scale for a in A]
         turned = [x.new_empty(a.shape[0], x.shape[0], dtype=wide) for a in A]
@@ -86,6 +94,9 @@ class CpuPath(ComposablePath):
         """B1, with both products of a block of dy while it is in cache."""
         if not need_dS or any(s is None for s in S):
             return super().grad_up(dys, B, S, need_dS)
+        if all(_fused(dy, (b.t(),)) for dy, b in zip(dys, B, strict=True)):
+            found = [_fused_grad_up(dy, b, s) for dy, b, s in zip(dys, B, S, strict=True)]
+            return tuple(dS for dS, _ in found), tuple(dB for _, dB in found)
         dS, dB = [], []
         for dy, b, s in zip(dys, B, S, strict=True):
             wide = accumulation(dy.dtype)
@@ -116,11 +127,16 @@ class CpuPath(ComposablePath):
         """B3 and B4, in one walk over the rows."""
         if dropout is None:
             return super().grad_down(dys, weights, dH, A, x, dropout, mask, need_dx, need_dA)
+        dx = _base_gradient(dys, weights, dH[0], A[0].shape[1]) if need_dx else None
+        x = None if x is None else x.contiguous()
+        if _fused(dH[0], A) and (x is None or x.dtype == dH[0].dtype):
+            return dx, tuple(
+                _fused_grad_down(x if need else None, dh, a, dx, dropout, m)
+                for m, (dh, a, need) in enumerate(zip(dH, A, need_dA, strict=True))
+            )
         wide = accumulation(dH[0].dtype)
         down = [a.to(wide) for a in A]
         scaled = [dh.to(wide) * dropout.scale for dh in dH]
-        dx = _base_gradient(dys, weights, dH[0], A[0].shape[1]) if need_dx else None
-        x = None if x is None else x.contiguous()
         dA = [torch.zeros_like(a) if need else None for a, need in zip(down, need_dA, strict=True)]
         like = dx if x is None else x
         assert like is not None
@@ -138,6 +154,72 @@ class CpuPath(ComposablePath):
                     if dA[m] is not None:
                         dA[m].addmm_(scaled[m][part].t(), kept)
         return dx, tuple(dA)
+
+
+def _fused(like: torch.Tensor, factors: Tensors) -> bool:
+    """Whether the loops over rows serve: small ranks [r, d], in a type of the CPU's own."""
+    small = all(0 < factor.shape[0] <= fused_cpu.MAX_RANK for factor in factors)
+    return small and like.dtype == accumulation(like.dtype)
+
+
+def _fused_down(x: torch.Tensor, A: torch.Tensor, dropout: Dropout, module: int) -> torch.Tensor:
+    """H [T, r]."""
+    H = x.new_empty(x.shape[0], A.shape[0])
+    seed, _, threshold, stream = _draw(dropout, 0, dropout.streams[module])
+    values, factor, out = x.numpy(), (A * dropout.scale).contiguous().numpy(), H.numpy()
+
+    def part(low: int, high: int, share: int) -> None:
+        fused_cpu.down(values[low:high], factor, out[low:high], seed, low, threshold, stream)
+
+    _in_threads(part, _shares(x), x.shape[0])
+    return H
+
+
+def _fused_grad_up(
+    dy: torch.Tensor, B: torch.Tensor, S: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dS [T, r] and dB [d_out, r]."""
+    assert S is not None
+    dS = dy.new_empty(dy.shape[0], B.shape[1])
+    shares = _shares(dy)
+    total = dy.new_zeros(shares, B.shape[1], B.shape[0])
+    values, factor = dy.contiguous().numpy(), B.t().contiguous().numpy()
+    weights, out, sums = S.contiguous().numpy(), dS.numpy(), total.numpy()
+
+    def part(low: int, high: int, share: int) -> None:
+        given = (values[low:high], factor, weights[low:high])
+        fused_cpu.grad_up(*given, out[low:high], sums[share])
+
+    _in_threads(part, shares, dy.shape[0])
+    return dS, total.sum(0).t()
+
+
+def _fused_grad_down(
+    x: torch.Tensor | None,
+    dH: torch.Tensor,
+    A: torch.Tensor,
+    dx: torch.Tensor | None,
+    dropout: Dropout,
+    module: int,
+) -> torch.Tensor | None:
+    """Adds to dx [T, d] where given; returns dA [r, d] where x is."""
+    nothing = dH.new_empty(0, A.shape[1])
+    like = x if dx is None else dx
+    if like is None:
+        return None
+    shares = _shares(like)
+    total = dH.new_zeros(shares, A.shape[0] if x is not None else 0, A.shape[1])
+    values, out = (nothing if x is None else x).numpy(), (nothing if dx is None else dx).numpy()
+    seed, _, threshold, stream = _draw(dropout, 0, dropout.streams[module])
+    weights, factor = (dH * dropout.scale).numpy(), A.contiguous().numpy()
+    sums = total.numpy()
+
+    def part(low: int, high: int, share: int) -> None:
+        given = (values[low:high], weights[low:high], factor, out[low:high], sums[share])
+        fused_cpu.grad_down(*given, seed, low, threshold, stream)
+
+    _in_threads(part, shares, dH.shape[0])
+    return None if x is None else total.sum(0)
 
 
 def _walk(
@@ -170,16 +252,26 @@ def _share(walk: Callable[..., None], tensors: tuple[torch.Tensor, ...], draw: D
     """Walk over the rows of a block, in as many threads as torch has."""
     seed, first, threshold, stream = draw
     arrays = [tensor.numpy() for tensor in tensors]
-    rows, columns = arrays[0].shape
-    shares = min(torch.get_num_threads(), max(rows * columns // _SHARED_ELEMENTS, 1))
-    bounds = [rows * share // shares for share in range(shares + 1)]
 
-    def part(share: int) -> None:
-        low, high = bounds[share : share + 2]
+    def part(low: int, high: int, share: int) -> None:
         walk(*(array[low:high] for array in arrays), seed, first + low, threshold, stream)
 
-    waiting = [_pool(os.getpid(), shares - 1).submit(part, share) for share in range(1, shares)]
-    part(0)
+    _in_threads(part, _shares(tensors[0]), arrays[0].shape[0])
+
+
+def _shares(tensor: torch.Tensor) -> int:
+    """Threads for the rows of a tensor."""
+    return min(torch.get_num_threads(), max(tensor.numel() // _SHARED_ELEMENTS, 1))
+
+
+def _in_threads(part: Callable[[int, int, int], None], shares: int, rows: int) -> None:
+    """Call `part` with the first row, the end and the number of every share."""
+    bounds = [rows * share // shares for share in range(shares + 1)]
+    waiting = [
+        _pool(os.getpid(), shares - 1).submit(part, bounds[share], bounds[share + 1], share)
+        for share in range(1, shares)
+    ]
+    part(0, bounds[1], 0)
     for each in waiting:
         each.result()
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from benchmarks.train_step_arms import Outcome, Prompts, Setting
 
 STAGES = ("tables", "crm", "shards")
-WARM_UP = 3
+WARM_UP = 2
 BASELINE, OURS = "trainer", "rellax_zero3"
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 MEGABYTE = 2**20
@@ -65,7 +65,7 @@ def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--recipe", default="ml100k_demo")
     arguments.add_argument("--work-dir", type=Path, help="default: the recipe's own")
-    arguments.add_argument("--steps", type=int, default=7, help="timed steps of every arm")
+    arguments.add_argument("--steps", type=int, default=5, help="timed steps of every arm")
     arguments.add_argument("--threads", type=int, help="default: cores over the recipe's ranks")
     arguments.add_argument("--arms", nargs="+", default=list(arms.ARMS), choices=arms.ARMS)
     options = arguments.parse_args()

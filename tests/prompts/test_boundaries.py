@@ -262,7 +262,8 @@ def test_cuts_of_one_builder_serve_another_without_asking_again(
     first = builder(tokens, SEAMS)
     with caplog.at_level(logging.INFO, "rellax_ds"):
         second = builder(tokens, SEAMS, cuts=first.cuts)
-    assert not caplog.text
+    said = [record.message for record in caplog.records if record.name.startswith("rellax_ds")]
+    assert not said  # threads of other libraries may speak meanwhile
     assert second.boundaries == first.boundaries
     check_equal(second, oracle, 0, 8, some_history(4))
 

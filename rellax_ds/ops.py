@@ -37,7 +37,6 @@ _CLASSES = {
 }
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
 _MAX_RANK = 64
-_MIN_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -189,11 +188,8 @@ def as_dense(base: Dense | nn.Module) -> Dense | None:
             return None
         if "forward" in base.__dict__ or hasattr(base.weight, "ds_id"):
             return None
-        weight = base.weight
-        if weight.requires_grad:
-            return None
         bias = cast("torch.Tensor | None", base.bias)
-        base = Dense(weight.t() if transposed else weight, bias)
+        base = Dense(base.weight.t() if transposed else base.weight, bias)
     tensors = [t for t in (base.weight, base.bias) if t is not None]
     if any(t.requires_grad or hasattr(t, "ds_id") or not t.is_floating_point() for t in tensors):
         return None

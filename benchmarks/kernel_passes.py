@@ -114,7 +114,7 @@ class Inputs:
         ]
         self.upstream = [self._draw(tokens, width) for _ in range(arm.modules)]
         with unset_fake_temporarily():
-            self.rows = HostRows.padded(SAMPLES, tokens // SAMPLES)
+            self.rows = HostRows.from_lengths([tokens // SAMPLES] * SAMPLES)
         self.dropout = None
         if arm.dropout_p:
             seed = torch.full((1,), 1 << 40, dtype=torch.int64)

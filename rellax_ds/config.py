@@ -179,6 +179,10 @@ class ModelConfig(Section):
     spa_bottleneck: PositiveInt | None = Field(
         default=None, description="Hidden width of the projector; null is the LLM's."
     )
+    packing: bool = Field(
+        default=True,
+        description="Lay prompts end to end; false pads them to the longest of a batch.",
+    )
     instance_control: Literal["none", "const", "permuted"] = Field(
         default="none", description="Ablation of h."
     )

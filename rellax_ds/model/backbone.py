@@ -1,5 +1,4 @@
-"""The frozen LLM: loading, its body without the LM head, and the two rows of the head that answer a
-question.
+"""The frozen LLM: loading, and the two rows of its head that answer a question.
 
 Any Hugging Face causal LM is used as it is; nothing is patched and no vocabulary is resized. Only
 the answer positions ever meet the LM head, because full-sequence logits of a large vocabulary cost
@@ -18,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rellax_ds.errors import ConfigError
-from rellax_ds.model.frozen import frozen_products
+from rellax_ds.model.packed import pack_attention
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,12 +30,14 @@ _HEAD_CHANGES = {
 """Config fields by which some models change logits after the head, and their neutral values."""
 
 
-def load_backbone(reference: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a causal LM, frozen, with torch's scaled-dot-product attention and no KV cache.
+def load_backbone(reference: str, dtype: torch.dtype = torch.float32, packing: bool = True) -> Any:
+    """Load a causal LM, frozen, with attention for packed prompts and no KV cache.
 
     Args:
         reference: Local folder or Hugging Face name.
         dtype: Type of the weights.
+        packing: Whether prompts are to lie end to end; else, and for a model that cannot, they are
+            padded.
 
     Returns:
         A transformers causal LM; under an active `HfDeepSpeedConfig` its parameters are
@@ -68,6 +69,8 @@ def load_backbone(reference: str, dtype: torch.dtype = torch.float32) -> Any:
                 "not support; choose another backbone"
             )
     model.config.use_cache = False
+    if packing:
+        pack_attention(model)
     model.requires_grad_(False)
     return model
 
@@ -95,23 +98,6 @@ def embedding_rms(model: Any) -> float:
     weight = model.get_input_embeddings().weight
     with gathered([weight]):
         return float(weight.detach().float().pow(2).mean().sqrt())
-
-
-def run_body(model: Any, embeddings: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Hidden states after the final norm, [B, L, H], from input embeddings [B, L, H].
-
-    A causal model never looks right, so right padding needs no mask at all: attention then takes
-    torch's causal fast path, and what is computed at padding is never read. Left padding gets the
-    mask and positions counted from the first real token, so both sides give the same result.
-    """
-    arguments: dict[str, torch.Tensor] = {}
-    if not bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
-        positions = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
-        arguments = {"attention_mask": attention_mask, "position_ids": positions}
-    body = model.get_decoder()
-    with frozen_products():
-        hidden: torch.Tensor = body(inputs_embeds=embeddings, use_cache=False, **arguments)[0]
-    return hidden
 
 
 class AnswerHead(nn.Module):

@@ -23,9 +23,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from rellax_ds.errors import CheckpointError, ConfigError
+from rellax_ds.kernels.rows import Rows
 from rellax_ds.model import backbone as backbones
 from rellax_ds.model import cflora
 from rellax_ds.model.frozen import frozen_products
+from rellax_ds.model.packed import run_body, takes_packed
 from rellax_ds.model.spa import SoftPromptProjector, start_projector
 
 if TYPE_CHECKING:
@@ -95,12 +97,10 @@ class ReLLaX(nn.Module):
         *,
         sample_ids: torch.Tensor | None = None,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        slot_rows: torch.Tensor,
+        lengths: torch.Tensor,
         slot_positions: torch.Tensor,
         slot_vectors: torch.Tensor,
         instance: torch.Tensor,
-        answer_rows: torch.Tensor,
         answer_positions: torch.Tensor,
         answer_labels: torch.Tensor,
         answer_weights: torch.Tensor,
@@ -113,10 +113,11 @@ class ReLLaX(nn.Module):
             each sample's centred z_yes - z_no at its target question, float32 [B], detached. The
             probability of yes is its sigmoid.
         """
-        embeddings = self._embed(input_ids, slot_rows, slot_positions, slot_vectors)
-        with self.llm.base_model.conditioned(self._controlled(instance)):
-            hidden = backbones.run_body(self.backbone, embeddings, attention_mask)
-        answers = hidden[answer_rows, answer_positions]
+        embeddings = self._embed(input_ids, slot_positions, slot_vectors)
+        rows = Rows.from_lengths(lengths.tolist()) if takes_packed(self.backbone) else None
+        with self.llm.base_model.conditioned(self._controlled(instance), rows):
+            hidden = run_body(self.backbone, embeddings, lengths)
+        answers = hidden[answer_positions]
         if self.loss == "yes_no":
             scores = self.head(answers)
             margins = scores[:, 0] - scores[:, 1] - self.centre
@@ -147,7 +148,6 @@ class ReLLaX(nn.Module):
     def _embed(
         self,
         input_ids: torch.Tensor,
-        slot_rows: torch.Tensor,
         slot_positions: torch.Tensor,
         slot_vectors: torch.Tensor,
     ) -> torch.Tensor:
@@ -155,7 +155,7 @@ class ReLLaX(nn.Module):
         if self.spa is None:
             return embeddings
         tokens = self.spa(slot_vectors).to(embeddings.dtype)
-        return embeddings.index_put((slot_rows, slot_positions), tokens)
+        return embeddings.index_put((slot_positions,), tokens)
 
     def _controlled(self, instance: torch.Tensor) -> torch.Tensor:
         if self.config.instance_control == "const":
@@ -220,7 +220,7 @@ def assemble(
     loss: Loss = "yes_no",
 ) -> ReLLaX:
     """Like `build_rellax`, with fresh adapters and everything of them trainable."""
-    base = backbones.load_backbone(backbone_reference, dtype)
+    base = backbones.load_backbone(backbone_reference, dtype, model_config.packing)
     _check_answers(base, answer_ids)
     spa = None
     if model_config.spa:

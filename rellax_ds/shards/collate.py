@@ -1,8 +1,7 @@
 """Collation: samples from disk become one `Batch`.
 
-Prompts are padded on the right to the longest of the batch; slots and answers stay flat, so nothing
-is padded twice. The target's answer has weight 1; the history's own answers are added with
-`history_weight`, or left out when it is 0.
+Prompts are laid end to end; nothing is padded. The target's answer has weight 1; the history's own
+answers are added with `history_weight`, or left out when it is 0.
 """
 
 from __future__ import annotations
@@ -41,40 +40,30 @@ class Collator:
                 " shards.chat false, or set it to 0"
             )
         self._history_weight = history_weight
-        self._padding = int(index.document["slot_id"])
         self._item_table = torch.from_numpy(index.item_table)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """One batch of `samples`, in their order."""
-        lengths = [sample.tokens.shape[1] for sample in samples]
-        shape = (len(samples), max(lengths))
-        input_ids = np.full(shape, self._padding, np.int64)
-        item_rows = np.full(shape, -1, np.int64)
-        answers = np.full(shape, -1, np.int64)
-        for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
-            input_ids[row, :length], item_rows[row, :length], answers[row, :length] = sample.tokens
-        last = np.array(lengths) - 1
-        is_target = np.zeros(shape, bool)
-        is_target[np.arange(len(samples)), last] = True
-        chosen = (answers >= 0) & (is_target | (self._history_weight > 0))
-        answer_rows, answer_positions = np.nonzero(chosen)
-        targets = is_target[answer_rows, answer_positions]
-        slot_rows, slot_positions = np.nonzero(item_rows >= 0)
-        vectors = self._item_table[torch.from_numpy(item_rows[slot_rows, slot_positions])]
-        mask = np.arange(shape[1])[None, :] <= last[:, None]
-        labels = answers[answer_rows, answer_positions]
-        weights = np.where(targets, 1.0, self._history_weight)
+        input_ids, item_rows, answers = np.concatenate(
+            [sample.tokens for sample in samples], axis=1
+        )
+        lengths = np.array([sample.tokens.shape[1] for sample in samples], np.int64)
+        is_target = np.zeros(len(input_ids), bool)
+        is_target[np.cumsum(lengths) - 1] = True
+        answer_positions = np.flatnonzero((answers >= 0) & (is_target | (self._history_weight > 0)))
+        targets = is_target[answer_positions]
+        slot_positions = np.flatnonzero(item_rows >= 0)
+        labels = answers[answer_positions].astype(np.float32)
+        weights = np.where(targets, 1.0, self._history_weight).astype(np.float32)
         return Batch(
             sample_ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
-            input_ids=torch.from_numpy(input_ids),
-            attention_mask=torch.from_numpy(mask.astype(np.int64)),
-            slot_rows=torch.from_numpy(slot_rows),
+            input_ids=torch.from_numpy(input_ids.astype(np.int64)),
+            lengths=torch.from_numpy(lengths),
             slot_positions=torch.from_numpy(slot_positions),
-            slot_vectors=vectors,
+            slot_vectors=self._item_table[torch.from_numpy(item_rows[slot_positions]).long()],
             instance=torch.from_numpy(np.stack([sample.instance for sample in samples])),
-            answer_rows=torch.from_numpy(answer_rows),
             answer_positions=torch.from_numpy(answer_positions),
-            answer_labels=torch.from_numpy(labels.astype(np.float32)),
-            answer_weights=torch.from_numpy(weights.astype(np.float32)),
+            answer_labels=torch.from_numpy(labels),
+            answer_weights=torch.from_numpy(weights),
             target_index=torch.from_numpy(np.flatnonzero(targets)),
         )

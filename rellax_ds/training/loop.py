@@ -123,7 +123,7 @@ class Loop:
         for index, batch in self.stream.micro_batches(state.step):
             self._leave_if_asked()
             loss += self.engine.accumulate(batch, self.seed, state.step, index)
-            tokens += float(batch.attention_mask.sum())
+            tokens += batch.num_tokens
         outcome = self.engine.outcome()
         loss, tokens = self.engine.processes.sum([loss, tokens])
         state.step += 1

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from tiny_models import FAMILIES, TARGETS
 from torch.nn import functional as F
 
 from rellax_ds.errors import CheckpointError, ConfigError
 from rellax_ds.model.backbone import load_backbone
+from rellax_ds.model.packed import takes_packed
 from rellax_ds.model.rellax import build_rellax, parameter_counts, trainable_groups
 
 if TYPE_CHECKING:
@@ -20,8 +25,6 @@ if TYPE_CHECKING:
     from rellax_ds.batch import Batch
     from rellax_ds.model.rellax import ReLLaX
 
-FAMILIES = ["llama", "qwen2", "gpt2"]
-
 
 def scores(model: ReLLaX, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
@@ -29,51 +32,92 @@ def scores(model: ReLLaX, batch: Batch) -> torch.Tensor:
 
 
 def take(batch: Batch, row: int) -> Batch:
-    """One sample of a right-padded batch, without its padding."""
-    length = int(batch.attention_mask[row].sum())
-    slots, answers = batch.slot_rows == row, batch.answer_rows == row
+    """One sample of a batch."""
+    stop = int(batch.lengths[: row + 1].sum())
+    start = stop - int(batch.lengths[row])
+    slots, answers = (
+        (positions >= start) & (positions < stop)
+        for positions in (batch.slot_positions, batch.answer_positions)
+    )
     first = int(answers.nonzero()[0])
     return replace(
         batch,
         sample_ids=batch.sample_ids[[row]],
-        input_ids=batch.input_ids[[row], :length],
-        attention_mask=batch.attention_mask[[row], :length],
-        slot_rows=batch.slot_rows[slots] * 0,
-        slot_positions=batch.slot_positions[slots],
+        input_ids=batch.input_ids[start:stop],
+        lengths=batch.lengths[[row]],
+        slot_positions=batch.slot_positions[slots] - start,
         slot_vectors=batch.slot_vectors[slots],
         instance=batch.instance[[row]],
-        answer_rows=batch.answer_rows[answers] * 0,
-        answer_positions=batch.answer_positions[answers],
+        answer_positions=batch.answer_positions[answers] - start,
         answer_labels=batch.answer_labels[answers],
         answer_weights=batch.answer_weights[answers],
         target_index=batch.target_index[[row]] - first,
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def gradients_of(model: ReLLaX, *batches: Batch) -> dict[str, torch.Tensor]:
+    """Gradients of the loss of `batches` together, weighed as in one batch."""
+    weights = [batch.answer_weights.sum() for batch in batches]
+    for batch, weight in zip(batches, weights, strict=True):
+        (model(**batch.tensors())[0] * weight / sum(weights)).backward()
+    groups = trainable_groups(model).values()
+    return {name: p.grad for group in groups for name, p in group.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", TARGETS)
 def test_scores_equal_the_full_forward_of_the_causal_lm(
     build: Callable[..., ReLLaX], batch: Batch, family: str
 ) -> None:
-    model = build(family).eval()
-    embeddings = model.backbone.get_input_embeddings()(batch.input_ids)
-    for slot, (row, position) in enumerate(zip(batch.slot_rows, batch.slot_positions, strict=True)):
-        embeddings[row, position] = model.spa(batch.slot_vectors[[slot]])[0]
-    with torch.no_grad(), model.llm.base_model.conditioned(batch.instance):
-        logits = model.llm(inputs_embeds=embeddings, attention_mask=batch.attention_mask).logits
-    answers = logits[batch.answer_rows, batch.answer_positions][batch.target_index]
-    torch.testing.assert_close(
-        scores(model, batch), answers[:, 11] - answers[:, 12], rtol=0, atol=1e-5
-    )
+    model, stock = build(family).eval(), build(family, packing=False).eval()
+    for row, score in enumerate(scores(model, batch)):
+        one = take(batch, row)
+        embeddings = stock.backbone.get_input_embeddings()(one.input_ids)
+        for slot, position in enumerate(one.slot_positions):
+            embeddings[position] = stock.spa(one.slot_vectors[[slot]])[0]
+        with torch.no_grad(), stock.llm.base_model.conditioned(one.instance):
+            logits = stock.llm(inputs_embeds=embeddings[None]).logits[0]
+        answer = logits[one.answer_positions[one.target_index[0]]]
+        torch.testing.assert_close(score, answer[11] - answer[12], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_of_left_and_right_padding_agree(
-    build: Callable[..., ReLLaX], batch: Batch, left_batch: Batch, family: str
+def test_packed_padded_and_one_by_one_give_equal_scores_and_gradients(
+    build: Callable[..., ReLLaX], batch: Batch, family: str
 ) -> None:
-    model = build(family).eval()
-    right, left = scores(model, batch), scores(model, left_batch)
-    torch.testing.assert_close(right, left, rtol=0, atol=1e-5)
-    assert right.std() > 1e-2
+    packed, padded, single = build(family), build(family, packing=False), build(family)
+    assert takes_packed(packed.backbone)
+    assert not takes_packed(padded.backbone)
+    one_by_one = [take(batch, row) for row in range(batch.size)]
+    alone = torch.cat([scores(single, one) for one in one_by_one])
+    torch.testing.assert_close(scores(packed, batch), alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores(padded, batch), alone, rtol=0, atol=1e-5)
+    assert alone.std() > 1e-2
+    expected = gradients_of(single, *one_by_one)
+    for model in (packed, padded):
+        found = gradients_of(model, batch)
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_body_that_mixes_tokens_its_own_way_gets_padded_batches(
+    backbones: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(backbones["qwen3"], tmp_path / "hybrid")
+    path = tmp_path / "hybrid" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"layer_types": ["full_attention", "chunked_attention"]}))
+    with caplog.at_level(logging.INFO, "rellax_ds"):
+        assert not takes_packed(load_backbone(str(tmp_path / "hybrid")))
+    assert "batches are padded" in caplog.text
+
+
+def test_attention_that_is_not_told_where_prompts_end_is_an_error(
+    build: Callable[..., ReLLaX], batch: Batch
+) -> None:
+    model = build(interaction="identity")
+    with pytest.raises(ConfigError, match=r"LlamaAttention .*model\.packing"):
+        model.backbone(input_ids=batch.input_ids[None])
 
 
 def test_scores_of_a_bfloat16_backbone_stay_near_float32(
@@ -83,14 +127,6 @@ def test_scores_of_a_bfloat16_backbone_stay_near_float32(
     assert half.backbone.get_output_embeddings().weight.dtype == torch.bfloat16
     assert next(iter(trainable_groups(half)["factors"].values())).dtype == torch.float32
     torch.testing.assert_close(scores(half, batch), scores(full, batch), rtol=0, atol=0.15)
-
-
-def test_scores_do_not_depend_on_the_rest_of_the_batch(
-    build: Callable[..., ReLLaX], batch: Batch
-) -> None:
-    model = build().eval()
-    alone = torch.cat([scores(model, take(batch, row)) for row in range(3)])
-    torch.testing.assert_close(scores(model, batch), alone, rtol=0, atol=1e-5)
 
 
 def test_scores_answer_to_their_own_instance_only(
@@ -104,9 +140,7 @@ def test_scores_answer_to_their_own_instance_only(
     assert change[1] > 1e-3
 
 
-def test_scores_answer_to_their_own_slots_only_and_ignore_padding_ids(
-    build: Callable[..., ReLLaX], batch: Batch
-) -> None:
+def test_scores_answer_to_their_own_slots_only(build: Callable[..., ReLLaX], batch: Batch) -> None:
     model = build().eval()
     before = scores(model, batch)
     vectors = batch.slot_vectors.clone()
@@ -115,8 +149,7 @@ def test_scores_answer_to_their_own_slots_only_and_ignore_padding_ids(
     assert change[0] > 1e-4
     assert change[[1, 2]].max() == 0
     ids = batch.input_ids.clone()
-    ids[batch.slot_rows, batch.slot_positions] = 13
-    ids[batch.attention_mask == 0] = 13
+    ids[batch.slot_positions] = 13
     torch.testing.assert_close(scores(model, replace(batch, input_ids=ids)), before)
 
 
@@ -144,7 +177,7 @@ def test_loss_yes_no_is_weighted_cross_entropy_of_every_answer(
     torch.testing.assert_close(scores(model, every), margins - 0.75)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TARGETS)
 def test_loss_vocabulary_scores_like_yes_no_and_counts_every_word(
     build: Callable[..., ReLLaX], batch: Batch, family: str
 ) -> None:
@@ -163,7 +196,7 @@ def test_instance_controls_replace_h(build: Callable[..., ReLLaX], batch: Batch)
     assert not torch.equal(scores(permuted, batch), scores(plain, batch))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TARGETS)
 def test_gradient_checkpointing_gives_equal_gradients(
     build: Callable[..., ReLLaX], batch: Batch, family: str
 ) -> None:

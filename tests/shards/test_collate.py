@@ -20,29 +20,29 @@ def test_collate_equals_a_sample_by_sample_reading(shards: Path, weight: float) 
     samples = [reader[n] for n in (0, 40, 3, 69)]
     batch = Collator(reader.index, weight)(samples)
     table = reader.index.item_table
-    slots: list[tuple[int, int, Any]] = []
-    answers: list[tuple[int, int, float, float]] = []
+    ids: list[int] = []
+    slots: list[int] = []
+    vectors: list[Any] = []
+    answers: list[tuple[int, float, float]] = []
     targets = []
-    for row, sample in enumerate(samples):
-        ids, item_rows, marks = sample.tokens.tolist()
-        length = len(ids)
-        assert batch.input_ids[row, :length].tolist() == ids
-        assert batch.attention_mask[row].tolist() == [1] * length + [0] * (
-            batch.input_ids.shape[1] - length
-        )
-        slots += [(row, n, table[item]) for n, item in enumerate(item_rows) if item >= 0]
+    for sample in samples:
+        tokens, item_rows, marks = sample.tokens.tolist()
+        start = len(ids)
+        ids += tokens
+        slots += [start + n for n, item in enumerate(item_rows) if item >= 0]
+        vectors += [table[item] for item in item_rows if item >= 0]
         for position, label in enumerate(marks):
-            target = position == length - 1
+            target = position == len(tokens) - 1
             if label >= 0 and (target or weight):
                 targets += [len(answers)] * target
-                answers.append((row, position, label, 1.0 if target else weight))
+                answers.append((start + position, label, 1.0 if target else weight))
     assert batch.size == 4
-    assert batch.input_ids.shape[1] == max(sample.tokens.shape[1] for sample in samples)
-    assert list(zip(batch.slot_rows.tolist(), batch.slot_positions.tolist(), strict=True)) == [
-        slot[:2] for slot in slots
-    ]
-    np.testing.assert_array_equal(batch.slot_vectors.numpy(), np.stack([v for *_, v in slots]))
-    got = (batch.answer_rows, batch.answer_positions, batch.answer_labels, batch.answer_weights)
+    assert batch.input_ids.tolist() == ids
+    assert batch.num_tokens == len(ids)
+    assert batch.lengths.tolist() == [sample.tokens.shape[1] for sample in samples]
+    assert batch.slot_positions.tolist() == slots
+    np.testing.assert_array_equal(batch.slot_vectors.numpy(), np.stack(vectors))
+    got = (batch.answer_positions, batch.answer_labels, batch.answer_weights)
     assert list(zip(*(tensor.tolist() for tensor in got), strict=True)) == answers
     assert batch.target_index.tolist() == targets
     assert batch.labels.tolist() == [sample.label for sample in samples]
@@ -60,8 +60,8 @@ def test_collate_gives_the_types_the_batch_promises(shards: Path) -> None:
         "answer_labels",
         "answer_weights",
     }
-    assert len(whole) == 8
-    assert batch.slot_vectors.shape == (len(batch.slot_rows), reader.index.item_width)
+    assert len(whole) == 6
+    assert batch.slot_vectors.shape == (len(batch.slot_positions), reader.index.item_width)
     assert batch.instance.shape == (1, reader.index.instance_width)
 
 

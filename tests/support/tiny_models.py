@@ -41,7 +41,7 @@ def tiny_model(family: str) -> Any:
     if family == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**llama, head_dim=8))
     if family == "mistral":
-        return MistralForCausalLM(MistralConfig(**llama))
+        return MistralForCausalLM(MistralConfig(**llama, sliding_window=6))
     if family == "gemma":
         return GemmaForCausalLM(GemmaConfig(**llama, head_dim=8))
     gpt2 = GPT2Config(

@@ -1,8 +1,8 @@
 """The DeepSpeed engine behind few calls: build, accumulate, score.
 
-The model is born partitioned: while the factory runs, transformers sees the resolved configuration
-and shards every weight as it loads it. The optimiser is torch's AdamW over named groups
-(DeepSpeed's own only where its state is offloaded to the host), because the checkpoint of this
+Under ZeRO-3 the model is born partitioned: while the factory runs, transformers sees the resolved
+configuration and shards every weight as it loads it. The optimiser is AdamW over named groups,
+torch's or, where its state is offloaded to the host, DeepSpeed's, because the checkpoint of this
 project stores hyperparameters by group name. Random state is never saved: generators are reseeded
 before every micro-batch, so a resumed step draws the dropout masks of an undisturbed one.
 """
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from rellax_ds.config import TrainConfig
     from rellax_ds.engine.processes import Processes
 
-PARTITIONED = 3
-"""The ZeRO stage this project trains and checkpoints under."""
+STAGES = (2, 3)
+"""ZeRO stages this project trains under: optimiser and gradients partitioned, or weights too."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ class Engine:
             processes: From `start_processes`.
 
         Raises:
-            ConfigError: The configuration asks for a ZeRO stage other than 3.
+            ConfigError: The configuration asks for a ZeRO stage other than 2 or 3.
         """
-        if zero_stage(resolved) != PARTITIONED:
+        if zero_stage(resolved) not in STAGES:
             raise ConfigError(
                 f"{train.ds_config}: zero_optimization.stage is {zero_stage(resolved)}, this "
-                f"project trains and checkpoints under stage {PARTITIONED}; set it to {PARTITIONED}"
+                "project trains and checkpoints under stages 2 and 3; set it to one of them"
             )
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig

@@ -2,61 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from torch import nn
+from engine_model import ROOT, Rows, make_model
 
 from rellax_ds.config import TrainConfig
 from rellax_ds.engine.ds_config import resolve_ds_config
-from rellax_ds.engine.engine import Engine, ParameterGroup
+from rellax_ds.engine.engine import Engine
 from rellax_ds.engine.processes import Processes, start_processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-class Regression(nn.Module):
-    """A frozen layer and two trained ones of odd sizes, with dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frozen = nn.Linear(4, 5).requires_grad_(False)
-        self.inner = nn.Linear(5, 3, bias=False)
-        self.outer = nn.Linear(3, 1)
-
-    def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[Any, Any]:
-        hidden = nn.functional.dropout(self.inner(self.frozen(inputs)), 0.2, self.training)
-        logits = self.outer(hidden)[:, 0]
-        return nn.functional.mse_loss(logits, labels), logits.detach()
-
-
-class Rows:
-    """What the engine asks of a batch."""
-
-    def __init__(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.inputs = torch.randn(4, 4, generator=generator)
-        self.labels = self.inputs.sum(1)
-
-    def to(self, _device: torch.device) -> Rows:
-        return self
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"inputs": self.inputs, "labels": self.labels}
-
-
-def make_model() -> tuple[Regression, list[ParameterGroup]]:
-    torch.manual_seed(1)
-    model = Regression()
-    groups = [
-        ParameterGroup("inner", {"inner.weight": model.inner.weight}, 0.05, 0.1),
-        ParameterGroup(
-            "outer", {"outer.weight": model.outer.weight, "outer.bias": model.outer.bias}, 0.2, 0.0
-        ),
-    ]
-    return model, groups
 
 
 @pytest.fixture(scope="session")
@@ -64,14 +21,15 @@ def processes() -> Processes:
     return start_processes()
 
 
-def new_engine(processes: Processes) -> Engine:
-    train = TrainConfig(global_batch=4, micro_batch=4)
+def new_engine(processes: Processes, stage: int = 3) -> Engine:
+    path = ROOT / "ds_configs" / f"zero{stage}_fp32_cpu.json"
+    train = TrainConfig(ds_config=path, global_batch=4, micro_batch=4)
     return Engine(make_model, train, resolve_ds_config(train, 1), processes)
 
 
-@pytest.fixture
-def make_engine(processes: Processes) -> Callable[[], Engine]:
-    return lambda: new_engine(processes)
+@pytest.fixture(params=[2, 3], ids=["zero2", "zero3"])
+def make_engine(request: pytest.FixtureRequest, processes: Processes) -> Callable[[], Engine]:
+    return lambda: new_engine(processes, request.param)
 
 
 @pytest.fixture(scope="module")

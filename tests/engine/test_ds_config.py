@@ -47,9 +47,9 @@ def test_resolved_config_takes_batch_precision_and_clipping_from_the_recipe(
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_config_resolves_to_zero3_without_a_guess(path: Path) -> None:
+def test_shipped_config_resolves_to_its_stage_without_a_guess(path: Path) -> None:
     resolved = resolve_ds_config(TrainConfig(ds_config=path), world_size=2)
-    assert resolved["zero_optimization"]["stage"] == 3
+    assert path.stem.startswith(f"zero{resolved['zero_optimization']['stage']}_")
     assert "auto" not in json.dumps(resolved)
 
 

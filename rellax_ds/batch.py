@@ -34,7 +34,7 @@ class Batch:
         instance: float32 [B, H], the recommender's instance embedding h.
         answer_positions: int64 [M], position among the T tokens whose next token is the answer.
         answer_labels: float32 [M], 1 for yes.
-        answer_weights: float32 [M], weight in the loss; the target's answer has weight 1.
+        answer_weights: float32 [M], weight in the loss; those of a sample add up to 1.
         target_index: int64 [B], index into the M answers of each sample's target question.
     """
 

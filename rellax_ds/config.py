@@ -213,7 +213,7 @@ class TrainConfig(Section):
     )
     history_weight: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0,
-        description="Weight of the history's own answers (dense supervision; not in the paper).",
+        description="Weight of a history answer, times the target's (ours, not published).",
     )
     epochs: PositiveInt = 1
     global_batch: PositiveInt = 16
@@ -229,7 +229,12 @@ class TrainConfig(Section):
     )
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     clip: PositiveFloat = 1.0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass."
+    )
+    reentrant_checkpointing: bool = Field(
+        default=False, description="Do so in torch's older, reentrant form."
+    )
     centre_logit: bool = Field(
         default=True, description="Subtract the untrained model's mean yes-no logit over valid."
     )

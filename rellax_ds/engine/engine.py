@@ -1,9 +1,9 @@
 """The DeepSpeed engine behind few calls: build, accumulate, score.
 
 Under ZeRO-3 the model is born partitioned: while the factory runs, transformers sees the resolved
-configuration and shards every weight as it loads it. The optimiser is AdamW over named groups,
-torch's or, where its state is offloaded to the host, DeepSpeed's, because the checkpoint of this
-project stores hyperparameters by group name. Random state is never saved: generators are reseeded
+configuration and shards every weight as it loads it. The optimiser is torch's AdamW over named
+groups, also where its state is offloaded: what is trained is small, so nothing has to be compiled
+for it. Random state is never saved: generators are reseeded
 before every micro-batch, so a resumed step draws the dropout masks of an undisturbed one.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rellax_ds import runtime
-from rellax_ds.engine.ds_config import EPSILON, offloads_optimizer, zero_stage
+from rellax_ds.engine.ds_config import EPSILON, zero_stage
 from rellax_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Engine:
         self._transformers_view = HfDeepSpeedConfig(resolved)
         model, groups = make_model()
         self.groups = tuple(groups)
-        optimizer = _optimizer(self.groups, train, offloads_optimizer(resolved))
+        optimizer = _optimizer(self.groups, train)
         with contextlib.redirect_stdout(sys.stderr):
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=resolved, dist_init_required=False
@@ -167,9 +167,7 @@ class Engine:
         self.deepspeed.destroy()
 
 
-def _optimizer(
-    groups: Sequence[ParameterGroup], train: TrainConfig, offloaded: bool
-) -> torch.optim.Optimizer:
+def _optimizer(groups: Sequence[ParameterGroup], train: TrainConfig) -> torch.optim.Optimizer:
     options: list[dict[str, Any]] = [
         {
             "params": list(group.parameters.values()),
@@ -179,11 +177,4 @@ def _optimizer(
         }
         for group in groups
     ]
-    if offloaded:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(
-            options, betas=train.betas, eps=EPSILON, adamw_mode=True
-        )
-        return optimizer
     return torch.optim.AdamW(options, betas=train.betas, eps=EPSILON)

@@ -86,6 +86,7 @@ class ReLLaX(nn.Module):
         self.loss: Loss = loss
         self.head = backbones.AnswerHead(self.backbone, **self.answer_ids)
         self.register_buffer("centre", torch.zeros(()))
+        self._reentrant = False
 
     @property
     def backbone(self) -> Any:
@@ -131,12 +132,20 @@ class ReLLaX(nn.Module):
         loss = (losses * answer_weights).sum() / answer_weights.sum()
         return loss, margins[target_index].detach()
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute layer activations in the backward pass (non-reentrant).
+    def enable_gradient_checkpointing(self, reentrant: bool = False) -> None:
+        """Recompute layer activations in the backward pass.
 
         A recomputation runs after the forward has ended: the tuner gives it the gates of that
         forward, and the choice of products, which saves other tensors, is made again here.
+
+        Args:
+            reentrant: torch's older form, which runs a backward pass of its own and needs an input
+                with a gradient: the embeddings get one.
         """
+        self._reentrant = reentrant
+        if reentrant:
+            self.llm.base_model.activation_checkpointing_enable({"use_reentrant": True})
+            return
 
         def again() -> tuple[Any, Any]:
             return contextlib.nullcontext(), frozen_products()
@@ -153,7 +162,7 @@ class ReLLaX(nn.Module):
     ) -> torch.Tensor:
         embeddings: torch.Tensor = self.backbone.get_input_embeddings()(input_ids)
         if self.spa is None:
-            return embeddings
+            return embeddings.requires_grad_() if self._reentrant else embeddings
         tokens = self.spa(slot_vectors).to(embeddings.dtype)
         return embeddings.index_put((slot_positions,), tokens)
 

@@ -1,7 +1,8 @@
 """Collation: samples from disk become one `Batch`.
 
-Prompts are laid end to end; nothing is padded. The target's answer has weight 1; the history's own
-answers are added with `history_weight`, or left out when it is 0.
+Prompts are laid end to end; nothing is padded. The history's own answers count `history_weight`
+times as much as the target's, or are left out when it is 0. The weights of a sample add up to 1, so
+what it contributes does not depend on the samples it shares a batch with.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Collator:
 
         Args:
             index: Index of the shards the samples come from.
-            history_weight: Weight of the history's answers in the loss; 0 leaves them out.
+            history_weight: Weight of one of the history's answers in the loss, as a multiple of the
+                target's; 0 leaves them out.
 
         Raises:
             ConfigError: The history is to be trained and holds no supervised answer.
@@ -54,7 +56,9 @@ class Collator:
         targets = is_target[answer_positions]
         slot_positions = np.flatnonzero(item_rows >= 0)
         labels = answers[answer_positions].astype(np.float32)
-        weights = np.where(targets, 1.0, self._history_weight).astype(np.float32)
+        weights = np.where(targets, 1.0, self._history_weight)
+        rows = np.repeat(np.arange(len(samples)), lengths)[answer_positions]
+        weights /= np.bincount(rows, weights)[rows]
         return Batch(
             sample_ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
             input_ids=torch.from_numpy(input_ids.astype(np.int64)),
@@ -64,6 +68,6 @@ class Collator:
             instance=torch.from_numpy(np.stack([sample.instance for sample in samples])),
             answer_positions=torch.from_numpy(answer_positions),
             answer_labels=torch.from_numpy(labels),
-            answer_weights=torch.from_numpy(weights),
+            answer_weights=torch.from_numpy(weights.astype(np.float32)),
             target_index=torch.from_numpy(np.flatnonzero(targets)),
         )

@@ -179,7 +179,7 @@ def _make_model(recipe: Recipe, stream: PromptStream) -> tuple[nn.Module, list[P
         recipe.train.loss,
     )
     if recipe.train.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(recipe.train.reentrant_checkpointing)
     return model, _parameter_groups(model, recipe.train)
 
 
@@ -348,7 +348,7 @@ def _build(_context: StageContext) -> dict[str, Any]:
 
 STAGE = TrainStage(
     name="train",
-    version=1,
+    version=2,
     sections=_SECTIONS,
     inputs=lambda _recipe: ("shards",),
     build=_build,

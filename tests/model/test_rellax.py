@@ -201,10 +201,10 @@ def test_gradient_checkpointing_gives_equal_gradients(
     build: Callable[..., ReLLaX], batch: Batch, family: str
 ) -> None:
     gradients = []
-    for recompute in (False, True):
+    for recompute in (None, False, True):
         model = build(family, dropout=0.2).train()
-        if recompute:
-            model.enable_gradient_checkpointing()
+        if recompute is not None:
+            model.enable_gradient_checkpointing(reentrant=recompute)
         torch.manual_seed(1)
         first, _ = model(**batch.tensors())
         second, _ = model(**replace(batch, instance=batch.instance * 2).tensors())
@@ -213,8 +213,23 @@ def test_gradient_checkpointing_gives_equal_gradients(
         gradients.append({n: p.grad for group in groups.values() for n, p in group.items()})
     assert len(gradients[0]) == 6 + 5 + (4 if family == "gpt2" else 8)
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-6)
+        for again in gradients[1:]:
+            torch.testing.assert_close(again[name], gradient, rtol=0, atol=1e-6)
         assert gradient.abs().max() > 0, name
+
+
+def test_reentrant_checkpointing_reaches_factors_that_have_neither_gates_nor_soft_tokens(
+    build: Callable[..., ReLLaX], batch: Batch
+) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = build(interaction="identity", spa=False).train()
+        if recompute:
+            model.enable_gradient_checkpointing(reentrant=True)
+        gradients.append(gradients_of(model, batch))
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-6)
 
 
 def test_training_touches_adapters_only_and_lowers_the_loss(

@@ -1,4 +1,4 @@
-"""The model in a real ZeRO-3 engine on two ranks, every parameter partitioned, like plain torch."""
+"""The model in real ZeRO engines on two ranks, every parameter partitioned, like plain torch."""
 
 from __future__ import annotations
 
@@ -28,12 +28,15 @@ CASES = (
     {"family": "llama"},
     {"family": "llama", "checkpointing": True},
     {"family": "qwen2", "loss": "vocabulary"},
-    {"family": "gpt2", "checkpointing": True},
+    {"family": "gpt2", "checkpointing": "reentrant"},
+    {"family": "llama", "stage": 2},
+    {"family": "llama", "stage": 0},
     {"family": "llama", "path": "reference", "dropout": 0.2},
     {"family": "qwen2", "path": "composable", "persistent": True, "checkpointing": True},
 )
 """`path` is the compute path in the engine, where the plain run takes the best one; `persistent`
-keeps every parameter whole on each rank, as ZeRO-3 does with small ones."""
+keeps every parameter whole on each rank, as ZeRO-3 does with small ones; `checkpointing` recomputes
+activations, in the reentrant form where it says so."""
 
 
 def _free_port() -> int:
@@ -59,6 +62,7 @@ def test_zero3_on_two_ranks_trains_and_saves_like_plain_torch(
                 "checkpointing": case.get("checkpointing", False),
                 "path": case.get("path"),
                 "persistent": case.get("persistent", False),
+                "stage": case.get("stage", 3),
             }
         )
     (tmp_path / "cases.json").write_text(json.dumps(cases))

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
+SCORED = "scored.jsonl"
 
 _LAUNCHED = "launched.yaml"
 
@@ -128,7 +129,8 @@ def _train(context: StageContext, processes: Processes, resume: str) -> dict[str
     """Build the parts, run the loop on all ranks and write the artefact's files."""
     from rellax_ds.engine.checkpoint import CheckpointStore
     from rellax_ds.engine.engine import Engine
-    from rellax_ds.training.loop import Loop
+    from rellax_ds.shards.read import INDEX
+    from rellax_ds.training.loop import ADAPTER, Loop
     from rellax_ds.training.signals import StopRequest
     from rellax_ds.training.stream import PromptStream
 
@@ -141,10 +143,11 @@ def _train(context: StageContext, processes: Processes, resume: str) -> dict[str
     with StopRequest(processes, directory / STOP_FILE) as stop:
         engine = Engine(lambda: _make_model(recipe, stream), recipe.train, resolved, processes)
         state = _restore(engine, checkpoint, directory)
-        sinks = _open_sinks(context, processes, state, resumed=checkpoint is not None)
+        sinks = _open_sinks(context, processes, stream, state, resumed=checkpoint is not None)
         try:
             loop = Loop(engine, stream, recipe, store, sinks, stop, directory, state)
             state = loop.run()
+            sinks.keep(directory / ADAPTER, stream.index.folder / INDEX)
         finally:
             sinks.close()
             stream.close()
@@ -217,21 +220,38 @@ def _restore(engine: Engine, checkpoint: Checkpoint | None, directory: Path) -> 
 
 
 def _open_sinks(
-    context: StageContext, processes: Processes, state: LoopState, resumed: bool
+    context: StageContext,
+    processes: Processes,
+    stream: PromptStream,
+    state: LoopState,
+    resumed: bool,
 ) -> Sinks:
-    from rellax_ds.training.sinks import JsonlSink, Sinks, WandbSink, rewind
+    from rellax_ds.training.scored import ScoredPrompts
+    from rellax_ds.training.sinks import JsonlSink, Sinks, rewind
+    from rellax_ds.training.wandb_sink import WandbSink
 
     if not processes.first:
         return Sinks()
-    path = context.directory / LOG
-    if resumed:
-        rewind(path, state.step, state.scored)
-    else:
-        path.unlink(missing_ok=True)
-    if context.recipe.train.wandb == "off":
-        return Sinks(JsonlSink(path))
-    group = f"{context.recipe.name}-{context.key[:12]}"
-    return Sinks(JsonlSink(path), WandbSink(context.recipe, context.work.root, group))
+    recipe = context.recipe
+    log, scored = context.directory / LOG, context.directory / SCORED
+    for path in (log, scored):
+        if resumed:
+            rewind(path, state.step, state.scored)
+        else:
+            path.unlink(missing_ok=True)
+    watched = ScoredPrompts(stream.watched(), resolve_model(recipe.model.backbone).reference)
+    begun = scored.is_file()
+    shown = JsonlSink(scored)
+    if not begun:
+        for record in watched.prompts():
+            shown.write(record)
+    group = f"{recipe.name}-{context.key[:12]}"
+    wandb = recipe.train.wandb != "off"
+    return Sinks(
+        JsonlSink(log),
+        (shown, watched),
+        WandbSink(recipe, context.work.root, group) if wandb else None,
+    )
 
 
 def _check_belongs(checkpoint: Checkpoint | None, recipe: Recipe, stream: PromptStream) -> None:
@@ -348,7 +368,7 @@ def _build(_context: StageContext) -> dict[str, Any]:
 
 STAGE = TrainStage(
     name="train",
-    version=1,
+    version=2,
     sections=_SECTIONS,
     inputs=lambda _recipe: ("shards",),
     build=_build,

@@ -12,6 +12,7 @@ from rellax_ds.errors import ShardError
 from rellax_ds.shards.collate import Collator
 from rellax_ds.shards.order import eval_batches, step_batches, steps_per_epoch
 from rellax_ds.shards.read import ShardReader
+from rellax_ds.training.scored import spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from rellax_ds.batch import Batch
     from rellax_ds.config import Recipe
-    from rellax_ds.shards.read import ShardIndex
+    from rellax_ds.shards.read import Sample, ShardIndex
 
 
 class PromptStream:
@@ -85,6 +86,10 @@ class PromptStream:
         batches = eval_batches(self._valid, self._settings.eval_batch, self._rank, self._world_size)
         for positions, repeated in batches:
             yield self._collate([self._valid[position] for position in positions]), repeated
+
+    def watched(self) -> list[Sample]:
+        """The few valid prompts whose scores are shown one by one."""
+        return [self._valid[position] for position in spread(self._valid.samples)]
 
     def close(self) -> None:
         """Close the shards' files."""

@@ -319,7 +319,7 @@ class Progress:
     def advance(self, count: int = 1, note: str = "") -> None:
         """Add finished units; `note` is shown beside the rate."""
         self.done += count
-        text = " ".join(part for part in (note, f"{self.rate:.1f} {self.unit}/s") if part)
+        text = ", ".join(part for part in (note, f"{self.rate:.1f} {self.unit}/s") if part)
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, note=text)
             return

@@ -6,8 +6,8 @@ training runs in this process when that number is one. Whether it succeeded is r
 committed manifest in every case.
 
 Left out of the key, because they change speed and comfort but not what is learned: the number of
-ranks, micro_batch, eval_batch, how often and how many checkpoints are kept, max_skips and wandb.
-The DeepSpeed JSON counts by content, not by path.
+ranks, micro_batch, eval_batch, how often and how many checkpoints are kept, max_skips, verify and
+wandb. The DeepSpeed JSON counts by content, not by path.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ _NEUTRAL = frozenset(
         "max_skips",
         "micro_batch",
         "num_processes",
+        "verify",
         "wandb",
         "wandb_project",
     }
@@ -137,11 +138,12 @@ def _train(context: StageContext, processes: Processes, resume: str) -> dict[str
     recipe, directory = context.recipe, context.directory
     resolved = resolve_ds_config(recipe.train, processes.world_size)
     stream = PromptStream(context.input("shards"), recipe, processes.rank, processes.world_size)
+    processes.from_rank_zero(stream.verify)
     store = CheckpointStore(directory / CHECKPOINTS, processes, recipe.train.keep_last)
     checkpoint = store.choose(resume)
     _check_belongs(checkpoint, recipe, stream)
     with StopRequest(processes, directory / STOP_FILE) as stop:
-        engine = Engine(lambda: _make_model(recipe, stream), recipe.train, resolved, processes)
+        engine = Engine(lambda: make_model(recipe, stream), recipe.train, resolved, processes)
         state = _restore(engine, checkpoint, directory)
         sinks = _open_sinks(context, processes, stream, state, resumed=checkpoint is not None)
         try:
@@ -165,7 +167,8 @@ def _train(context: StageContext, processes: Processes, resume: str) -> dict[str
     }
 
 
-def _make_model(recipe: Recipe, stream: PromptStream) -> tuple[nn.Module, list[ParameterGroup]]:
+def make_model(recipe: Recipe, stream: PromptStream) -> tuple[nn.Module, list[ParameterGroup]]:
+    """The recipe's model for these shards, and its trainable groups; every rank calls it."""
     import torch
 
     from rellax_ds.model.rellax import build_rellax

@@ -110,11 +110,15 @@ class Loop:
                 return self.state
             with self._progress() as progress:
                 while not self._score_due():
-                    loss = self._step()
-                    skipped = f", {self.state.skipped} skipped" if self.state.skipped else ""
-                    progress.advance(self.train.global_batch, f"loss {loss:.4f}{skipped}")
+                    self.advance(progress)
                     if not self._score_due():
                         self._checkpoint_if_due()
+
+    def advance(self, progress: runtime.Progress) -> None:
+        """Take the next optimiser step, log it and show it."""
+        loss = self._step()
+        skipped = f", {self.state.skipped} skipped" if self.state.skipped else ""
+        progress.advance(self.train.global_batch, f"loss {loss:.4f}{skipped}")
 
     def _step(self) -> float:
         """Take one optimiser step; returns its loss over all ranks."""

@@ -117,6 +117,8 @@ class Arms:
         self.log = folder / "loop.jsonl"
         self.steps: dict[str, Callable[[int], None]] = {"bare": self._bare}
         self._closing = contextlib.ExitStack()
+        rows = recipe.train.epochs * self.stream.steps_per_epoch * recipe.train.global_batch
+        self._progress = self._closing.enter_context(runtime.Progress("loop", rows, "samples"))
         self._loop("loop", folder, None)
         if wandb:
             choice = recipe.train.model_copy(update={"wandb": "offline"})
@@ -157,15 +159,12 @@ class Arms:
         store = CheckpointStore(folder / name, processes, keep_last=2)
         sinks = Sinks(JsonlSink(folder / f"{name}.jsonl"), wandb=wandb)
         self._closing.callback(sinks.close)
-        total = self.recipe.train.epochs * self.stream.steps_per_epoch
-        rows = total * self.recipe.train.global_batch
-        progress = self._closing.enter_context(runtime.Progress(name, rows, "samples"))
         parts = (self.engine, self.stream, self.recipe, store, sinks, stop, folder)
         loop = Loop(*parts, LoopState())
 
         def advance(step: int) -> None:
             loop.state.step = step
-            loop.advance(progress)
+            loop.advance(self._progress)
 
         self.steps[name] = advance
 

@@ -128,7 +128,7 @@ def training_rate(stream: PromptStream, recipe: Recipe, steps: int) -> tuple[flo
     """Samples/s of `steps` optimiser steps after one for warming up, and the share of their time
     that making their batches took, in percent.
     """
-    engine = open_engine(recipe, stream)
+    engine = open_engine(recipe, stream, runtime.num_cpus())
     busy = making = 0.0
     for step in range(steps + 1):
         begun = time.perf_counter()

@@ -3,11 +3,11 @@
 `bare` is what a loop with DeepSpeed cannot do without: forward, backward and step over batches made
 beforehand. `loop` is stage 6's own step with all it does around them: batches from the shards,
 seeds, the agreement to stop, the schedule, the sum over ranks, figures, JSONL and progress. With
-`--wandb`, `loop_wandb` also copies to wandb, offline. One process, real model, every step taken by
-each arm in alternating order; `loop_overhead` is the median of the ratios within steps. On a busy
-machine these scatter, so two measures that other processes do not disturb stand beside it: the
-ratio of CPU seconds, and, within one and the same step of `loop`, all its time over the time inside
-DeepSpeed's forward, backward and step.
+`--wandb`, `loop_wandb` also copies to wandb, offline. One process with the threads of a rank, real
+model, every step taken by each arm in alternating order; `loop_overhead` is the median of the
+ratios within steps. On a busy machine these scatter, so two measures that other processes disturb
+less stand beside it: the ratio of CPU seconds, and, within one and the same step of `loop`, all its
+time over the time inside DeepSpeed's forward, backward and step.
 
 The gate: the loop met the batches that bare was given, and its log has every step once.
 """
@@ -112,7 +112,8 @@ class Arms:
         self.recipe = recipe
         self.stream = Recording(shards, recipe, 0, 1)
         self.stream.seen = []
-        self.engine = open_engine(recipe, self.stream)
+        threads = max(runtime.num_cpus() // recipe.train.num_processes, 1)
+        self.engine = open_engine(recipe, self.stream, threads)
         self.engine.deepspeed = Timed(self.engine.deepspeed)
         self.log = folder / "loop.jsonl"
         self.steps: dict[str, Callable[[int], None]] = {"bare": self._bare}

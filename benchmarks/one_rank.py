@@ -34,12 +34,12 @@ def made_shards(recipe: Recipe, work_dir: Path | None) -> Path:
     return work.stage_dir("shards")
 
 
-def open_engine(recipe: Recipe, stream: PromptStream) -> Engine:
-    """The engine with the recipe's model, on all cores of this machine."""
+def open_engine(recipe: Recipe, stream: PromptStream, threads: int) -> Engine:
+    """The engine with the recipe's model, in so many threads of torch."""
     from rellax_ds.engine.engine import Engine
     from rellax_ds.engine.processes import start_processes
 
     processes = start_processes()
-    torch.set_num_threads(runtime.num_cpus())
+    torch.set_num_threads(threads)
     resolved = resolve_ds_config(recipe.train, 1)
     return Engine(lambda: make_model(recipe, stream), recipe.train, resolved, processes)

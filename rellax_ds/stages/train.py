@@ -133,6 +133,7 @@ def _train(context: StageContext, processes: Processes, resume: str) -> dict[str
     from rellax_ds.shards.read import INDEX
     from rellax_ds.training.loop import ADAPTER, Loop
     from rellax_ds.training.signals import StopRequest
+    from rellax_ds.training.sinks import Sinks
     from rellax_ds.training.stream import PromptStream
 
     recipe, directory = context.recipe, context.directory
@@ -145,7 +146,12 @@ def _train(context: StageContext, processes: Processes, resume: str) -> dict[str
     with StopRequest(processes, directory / STOP_FILE) as stop:
         engine = Engine(lambda: make_model(recipe, stream), recipe.train, resolved, processes)
         state = _restore(engine, checkpoint, directory)
-        sinks = _open_sinks(context, processes, stream, state, resumed=checkpoint is not None)
+        opened: list[Sinks] = []
+        resumed = checkpoint is not None
+        processes.from_rank_zero(
+            lambda: opened.append(_open_sinks(context, stream, state, resumed))
+        )
+        sinks = opened[0] if opened else Sinks()
         try:
             loop = Loop(engine, stream, recipe, store, sinks, stop, directory, state)
             state = loop.run()
@@ -223,18 +229,13 @@ def _restore(engine: Engine, checkpoint: Checkpoint | None, directory: Path) -> 
 
 
 def _open_sinks(
-    context: StageContext,
-    processes: Processes,
-    stream: PromptStream,
-    state: LoopState,
-    resumed: bool,
+    context: StageContext, stream: PromptStream, state: LoopState, resumed: bool
 ) -> Sinks:
+    """Rank 0's sinks; their files continue after what the checkpoint knows of."""
     from rellax_ds.training.scored import ScoredPrompts
     from rellax_ds.training.sinks import JsonlSink, Sinks, rewind
     from rellax_ds.training.wandb_sink import WandbSink
 
-    if not processes.first:
-        return Sinks()
     recipe = context.recipe
     log, scored = context.directory / LOG, context.directory / SCORED
     for path in (log, scored):

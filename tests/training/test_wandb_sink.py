@@ -114,8 +114,9 @@ def test_training_is_copied_whole_and_every_secret_is_masked(
 ) -> None:
     monkeypatch.setenv("COMPANY_API_KEY", "plain-words-of-a-key")
     secrets = [f"description=see {SENTINEL}", "train.wandb_project=plain-words-of-a-key"]
+    flags = ["train.wandb=online", "train.checkpoint_every=6"]
     work = make_work()
-    run_train(load_recipe(recipe_file, ["train.wandb=online", *secrets]), work)
+    run_train(load_recipe(recipe_file, [*flags, *secrets]), work)
     folder = work.stage_dir("train")
     log = lines(folder / "log.jsonl")
     steps = [r["train/loss"] for r in fake.of("log") if "train/loss" in r]

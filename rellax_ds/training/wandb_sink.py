@@ -178,7 +178,7 @@ class WandbSink:
     def _count(self, error: Exception) -> None:
         self.failures += 1
         if self.failures == 1 and not self._left.is_set():
-            said = " ".join(str(error).split()) or type(error).__name__
+            said = " ".join(f"{type(error).__name__}: {error}".split())
             runtime.logger.warning("wandb: %s; the training goes on without it", said)
 
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from benchmarks import loader
+from benchmarks.report import Report
 from rellax_ds.config import load_recipe
 from rellax_ds.errors import ShardError
-from rellax_ds.shards.read import Sample
+from rellax_ds.shards.read import Sample, ShardReader
 from rellax_ds.testing import tiny_tokenizer
 from rellax_ds.training.score import Scores
 from rellax_ds.training.scored import ScoredPrompts, spread
@@ -43,6 +45,25 @@ def test_altered_shard_is_refused_at_the_start_or_when_its_sample_is_read(
     steps = map(quick.micro_batches, range(quick.steps_per_epoch))
     with pytest.raises(ShardError, match="differs from the index"):
         list(itertools.chain.from_iterable(steps))
+
+
+def test_stream_taken_up_in_the_middle_of_a_tiled_index_goes_on_as_if_read_from_the_start(
+    recipe_file: Path, make_work: Callable[..., WorkDir], tmp_path: Path
+) -> None:
+    folder = tmp_path / "5_shards"
+    loader.tile(make_work().stage_dir("shards"), folder, samples=200)
+    recipe = load_recipe(recipe_file)
+    whole = PromptStream(folder, recipe, 0, 1)
+    assert whole.steps_per_epoch == 216 // 8
+    whole.verify()
+    read = [[batch.sample_ids.tolist() for _, batch in whole.micro_batches(s)] for s in range(27)]
+    assert loader.seek(folder, recipe, 20)["ids"] == read[20][0]
+    page = Report("t")
+    loader.check_epoch(page, whole, ShardReader.open(folder, "train"), recipe)
+    assert not page.failures
+    other = recipe.model_copy(update={"seed": recipe.seed + 1})
+    loader.check_epoch(page, whole, ShardReader.open(folder, "train"), other)
+    assert len(page.failures) == 2
 
 
 def test_watched_prompts_are_spread_over_the_ids_whatever_their_order() -> None:

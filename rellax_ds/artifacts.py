@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from rellax_ds import runtime
 from rellax_ds.config import digest
 from rellax_ds.errors import ArtifactError
+from rellax_ds.redaction import redacted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -53,7 +54,7 @@ class Manifest:
         commit: Source commit, if the code ran from a checkout.
         seconds: Wall-clock time of the run that committed it.
         peak_memory_bytes: Largest resident size of the driving process.
-        recipe: The whole recipe, as it was.
+        recipe: The whole recipe, as it was, with secrets masked.
     """
 
     stage: str
@@ -265,7 +266,7 @@ class StageRun:
             commit=runtime.source_commit(),
             seconds=round(time.monotonic() - self._start, 3),
             peak_memory_bytes=runtime.peak_memory_bytes(),
-            recipe=self.recipe,
+            recipe=redacted(self.recipe),
         )
         write_json(running / MANIFEST, asdict(manifest))
         fsync(running)

@@ -18,6 +18,7 @@ from rellax_ds import runtime
 from rellax_ds.artifacts import STAGES, WorkDir
 from rellax_ds.config import load_recipe
 from rellax_ds.errors import RellaxError
+from rellax_ds.redaction import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -156,7 +157,7 @@ def main() -> None:
         app()
     except RellaxError as error:
         if runtime.rank() == 0:
-            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+            sys.stderr.write(f"error: {redact(' '.join(str(error).split()))}\n")
         sys.exit(1)
 
 

@@ -252,6 +252,11 @@ class TrainConfig(Section):
     max_skips: PositiveInt = Field(
         default=3, description="Skipped (non-finite) steps in a row before training stops."
     )
+    verify: Literal["sha256", "size"] = Field(
+        default="sha256",
+        description="Check of the shards at the start; size: leave huge sets to the checksum that "
+        "every sample has.",
+    )
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "rellax-ds"
 

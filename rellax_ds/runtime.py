@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from rellax_ds.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 logger = logging.getLogger("rellax_ds")
 
@@ -46,14 +46,17 @@ _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a subm
 
 
 def prepare(verbose: bool = False) -> None:
-    """Set the process up: log format, thread policy, and the guards of libraries that read the
-    environment.
+    """Set the process up: log format, masked secrets, thread policy, and the guards of libraries
+    that read the environment.
 
     Called by entry points before heavy imports; safe to call twice.
     """
+    from rellax_ds import redaction
+
     level = logging.DEBUG if verbose else logging.INFO if rank() == 0 else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(level)
+    logger.addFilter(redaction.SECRETS)
     guard_environment()
 
 
@@ -79,6 +82,7 @@ def guarded_environment() -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "WANDB_ERROR_REPORTING": "false",
     }
 
 
@@ -180,6 +184,11 @@ def rank_environment(threads: int) -> dict[str, str]:
         {"PYTHONPATH": os.pathsep.join(path), "RELLAX_LAUNCHER_PID": str(os.getpid())}
     )
     return {"OMP_NUM_THREADS": str(threads)} | environment
+
+
+def environment_values(wanted: Callable[[str], bool]) -> list[str]:
+    """Values of the environment variables whose name is `wanted`."""
+    return [value for name, value in os.environ.items() if wanted(name)]
 
 
 def ray_address() -> str | None:
@@ -310,7 +319,7 @@ class Progress:
     def advance(self, count: int = 1, note: str = "") -> None:
         """Add finished units; `note` is shown beside the rate."""
         self.done += count
-        text = " ".join(part for part in (note, f"{self.rate:.1f} {self.unit}/s") if part)
+        text = ", ".join(part for part in (note, f"{self.rate:.1f} {self.unit}/s") if part)
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, note=text)
             return

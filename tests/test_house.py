@@ -22,6 +22,7 @@ FLOORS = {
     "recipes": 1,
     "artifacts": 1,
     "partitions": 1,
+    "redaction": 1,
     "runtime": 1,
     "metrics": 1,
     "batch": 1,

@@ -21,6 +21,7 @@ from rellax_ds.errors import ArtifactError
 from rellax_ds.evaluation.baselines import FEATURES, Log, LogisticBaseline, last_labels
 from rellax_ds.evaluation.significance import Estimate, UserBootstrap
 from rellax_ds.family import METHODS
+from rellax_ds.redaction import redact, redacted
 from rellax_ds.schema import PREDICTIONS, check_table
 from rellax_ds.shards.read import ShardIndex
 
@@ -148,7 +149,7 @@ def find(evidence: Evidence) -> dict[str, Any]:
         differences += gaps
     return {
         "name": recipe.name,
-        "description": recipe.description,
+        "description": redact(recipe.description),
         "model": evidence.model_name,
         "selected_on_valid": bool(valid.size),
         "test_label": "test" if valid.size else "held-out",
@@ -169,7 +170,7 @@ def find(evidence: Evidence) -> dict[str, Any]:
         "heterogeneity": evidence.heterogeneity,
         "stages": [_stage_facts(manifest) for manifest in evidence.manifests.values()],
         "resamples": recipe.predict.bootstrap,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": redacted(recipe.model_dump(mode="json")),
         "recipe_digest": recipe.digest,
         "versions": evidence.manifests["predict"].versions,
     }

@@ -16,6 +16,7 @@ import io
 import json
 import os
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -23,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rellax_ds import schema
+from rellax_ds import runtime, schema
 from rellax_ds.artifacts import file_sha256
 from rellax_ds.config import digest
 from rellax_ds.errors import ShardError, TableError
@@ -296,7 +297,9 @@ class ShardReader:
         self._ends = np.cumsum([shard["n"] for shard in self._shards])
         self._files: dict[int, int] = {}
         for number in range(len(self._shards)):
-            self._check_shard(number, verify)
+            self._check_shard(number, "size")
+        if verify == "sha256":
+            self.verify()
 
     @classmethod
     def open(
@@ -313,6 +316,23 @@ class ShardReader:
             ShardError: The index or a shard is absent, truncated or altered.
         """
         return cls(ShardIndex.open(folder), split, verify)
+
+    def verify(self) -> None:
+        """Check the sha256 of every shard, in as many threads as this process has cores.
+
+        Raises:
+            ShardError: A shard differs; names the first sample that does.
+        """
+        with ThreadPoolExecutor(runtime.num_cpus()) as threads:
+            checks = [
+                threads.submit(self._check_shard, number, "sha256")
+                for number in range(len(self._shards))
+            ]
+            try:
+                for check in checks:
+                    check.result()
+            finally:
+                threads.shutdown(cancel_futures=True)
 
     def __len__(self) -> int:
         """Number of samples."""

@@ -6,8 +6,8 @@ training runs in this process when that number is one. Whether it succeeded is r
 committed manifest in every case.
 
 Left out of the key, because they change speed and comfort but not what is learned: the number of
-ranks, micro_batch, eval_batch, how often and how many checkpoints are kept, max_skips and wandb.
-The DeepSpeed JSON counts by content, not by path.
+ranks, micro_batch, eval_batch, how often and how many checkpoints are kept, max_skips, verify and
+wandb. The DeepSpeed JSON counts by content, not by path.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
+SCORED = "scored.jsonl"
 
 _LAUNCHED = "launched.yaml"
 
@@ -55,6 +56,7 @@ _NEUTRAL = frozenset(
         "max_skips",
         "micro_batch",
         "num_processes",
+        "verify",
         "wandb",
         "wandb_project",
     }
@@ -128,23 +130,32 @@ def _train(context: StageContext, processes: Processes, resume: str) -> dict[str
     """Build the parts, run the loop on all ranks and write the artefact's files."""
     from rellax_ds.engine.checkpoint import CheckpointStore
     from rellax_ds.engine.engine import Engine
-    from rellax_ds.training.loop import Loop
+    from rellax_ds.shards.read import INDEX
+    from rellax_ds.training.loop import ADAPTER, Loop
     from rellax_ds.training.signals import StopRequest
+    from rellax_ds.training.sinks import Sinks
     from rellax_ds.training.stream import PromptStream
 
     recipe, directory = context.recipe, context.directory
     resolved = resolve_ds_config(recipe.train, processes.world_size)
     stream = PromptStream(context.input("shards"), recipe, processes.rank, processes.world_size)
+    processes.from_rank_zero(stream.verify)
     store = CheckpointStore(directory / CHECKPOINTS, processes, recipe.train.keep_last)
     checkpoint = store.choose(resume)
     _check_belongs(checkpoint, recipe, stream)
     with StopRequest(processes, directory / STOP_FILE) as stop:
-        engine = Engine(lambda: _make_model(recipe, stream), recipe.train, resolved, processes)
+        engine = Engine(lambda: make_model(recipe, stream), recipe.train, resolved, processes)
         state = _restore(engine, checkpoint, directory)
-        sinks = _open_sinks(context, processes, state, resumed=checkpoint is not None)
+        opened: list[Sinks] = []
+        resumed = checkpoint is not None
+        processes.from_rank_zero(
+            lambda: opened.append(_open_sinks(context, stream, state, resumed))
+        )
+        sinks = opened[0] if opened else Sinks()
         try:
             loop = Loop(engine, stream, recipe, store, sinks, stop, directory, state)
             state = loop.run()
+            sinks.keep(directory / ADAPTER, stream.index.folder / INDEX)
         finally:
             sinks.close()
             stream.close()
@@ -162,7 +173,8 @@ def _train(context: StageContext, processes: Processes, resume: str) -> dict[str
     }
 
 
-def _make_model(recipe: Recipe, stream: PromptStream) -> tuple[nn.Module, list[ParameterGroup]]:
+def make_model(recipe: Recipe, stream: PromptStream) -> tuple[nn.Module, list[ParameterGroup]]:
+    """The recipe's model for these shards, and its trainable groups; every rank calls it."""
     import torch
 
     from rellax_ds.model.rellax import build_rellax
@@ -217,21 +229,33 @@ def _restore(engine: Engine, checkpoint: Checkpoint | None, directory: Path) -> 
 
 
 def _open_sinks(
-    context: StageContext, processes: Processes, state: LoopState, resumed: bool
+    context: StageContext, stream: PromptStream, state: LoopState, resumed: bool
 ) -> Sinks:
-    from rellax_ds.training.sinks import JsonlSink, Sinks, WandbSink, rewind
+    """Rank 0's sinks; their files continue after what the checkpoint knows of."""
+    from rellax_ds.training.scored import ScoredPrompts
+    from rellax_ds.training.sinks import JsonlSink, Sinks, rewind
+    from rellax_ds.training.wandb_sink import WandbSink
 
-    if not processes.first:
-        return Sinks()
-    path = context.directory / LOG
-    if resumed:
-        rewind(path, state.step, state.scored)
-    else:
-        path.unlink(missing_ok=True)
-    if context.recipe.train.wandb == "off":
-        return Sinks(JsonlSink(path))
-    group = f"{context.recipe.name}-{context.key[:12]}"
-    return Sinks(JsonlSink(path), WandbSink(context.recipe, context.work.root, group))
+    recipe = context.recipe
+    log, scored = context.directory / LOG, context.directory / SCORED
+    for path in (log, scored):
+        if resumed:
+            rewind(path, state.step, state.scored)
+        else:
+            path.unlink(missing_ok=True)
+    watched = ScoredPrompts(stream.watched(), resolve_model(recipe.model.backbone).reference)
+    begun = scored.is_file()
+    shown = JsonlSink(scored)
+    if not begun:
+        for record in watched.prompts():
+            shown.write(record)
+    group = f"{recipe.name}-{context.key[:12]}"
+    wandb = recipe.train.wandb != "off"
+    return Sinks(
+        JsonlSink(log),
+        (shown, watched),
+        WandbSink(recipe, context.work.root, group) if wandb else None,
+    )
 
 
 def _check_belongs(checkpoint: Checkpoint | None, recipe: Recipe, stream: PromptStream) -> None:

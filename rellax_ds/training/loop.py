@@ -9,15 +9,16 @@ continues with the next one.
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from rellax_ds import metrics, runtime
 from rellax_ds.errors import RellaxError
 from rellax_ds.model import adapter_io
+from rellax_ds.redaction import redacted
 from rellax_ds.training.schedule import rate_factor, warmup_steps
 from rellax_ds.training.score import score_split
+from rellax_ds.training.throughput import Throughput
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,6 +88,8 @@ class Loop:
         self.total = recipe.train.epochs * stream.steps_per_epoch
         self.warmup = warmup_steps(recipe.train.warmup, self.total)
         self.recipe = recipe
+        processes = engine.processes
+        self.throughput = Throughput(self.model, processes.device, processes.world_size)
         self._set_centre(state.centre)
 
     def run(self) -> LoopState:
@@ -107,29 +110,34 @@ class Loop:
                 return self.state
             with self._progress() as progress:
                 while not self._score_due():
-                    loss = self._step()
-                    progress.advance(self.train.global_batch, f"loss {loss:.4f}")
+                    self.advance(progress)
                     if not self._score_due():
                         self._checkpoint_if_due()
 
+    def advance(self, progress: runtime.Progress) -> None:
+        """Take the next optimiser step, log it and show it."""
+        loss = self._step()
+        skipped = f", {self.state.skipped} skipped" if self.state.skipped else ""
+        progress.advance(self.train.global_batch, f"loss {loss:.4f}{skipped}")
+
     def _step(self) -> float:
         """Take one optimiser step; returns its loss over all ranks."""
-        state, started = self.state, time.monotonic()
+        state = self.state
+        self.throughput.start()
         factor = rate_factor(
             self.train.schedule, state.step - state.skipped, self.total, self.warmup
         )
         self.engine.set_rate(factor)
         loss = tokens = 0.0
-        for index, batch in self.stream.micro_batches(state.step):
+        for index, batch in self.throughput.batches(self.stream.micro_batches(state.step)):
             self._leave_if_asked()
             loss += self.engine.accumulate(batch, self.seed, state.step, index)
             tokens += batch.num_tokens
         outcome = self.engine.outcome()
-        loss, tokens = self.engine.processes.sum([loss, tokens])
+        loss, tokens, waited = self.engine.processes.sum([loss, tokens, self.throughput.waited])
         state.step += 1
         state.skipped += outcome.skipped
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if outcome.skipped else 0
-        seconds = time.monotonic() - started
         loss *= self.train.micro_batch / self.train.global_batch
         record = {
             "event": "step",
@@ -139,10 +147,9 @@ class Loop:
             "learning_rate": self.train.learning_rate * factor,
             "gradient_norm": outcome.gradient_norm,
             "skipped": state.skipped,
-            "samples_per_second": self.train.global_batch / seconds,
-            "tokens_per_second": tokens / seconds,
         }
-        self.sinks.write(record)
+        speed = self.throughput.describe(self.train.global_batch, tokens, waited)
+        self.sinks.write(record | speed)
         self._mind_skips(outcome.skipped)
         return loss
 
@@ -168,6 +175,7 @@ class Loop:
             | found
             | {"centre": state.centre, "best_step": state.best_step}
         )
+        self.sinks.show(state.step, scores)
         if self.engine.processes.first:
             runtime.logger.info(
                 "train: step %d of %d, valid AUC %.4f, log loss %.4f%s",
@@ -251,5 +259,5 @@ def checkpoint_state(state: LoopState, recipe: Recipe, stream: PromptStream) -> 
         "seed": recipe.seed,
         "global_batch": recipe.train.global_batch,
         "shards": stream.identity,
-        "recipe": recipe.model_dump(mode="json", include={"model", "train"}),
+        "recipe": redacted(recipe.model_dump(mode="json", include={"model", "train"})),
     }

@@ -28,16 +28,18 @@ class Scores:
     """Labels and logits of all samples of a split, in the order of their ids.
 
     Attributes:
+        ids: Sample ids, ascending, int64 [N].
         labels: 0 or 1, float64 [N].
         logits: Yes minus no, float64 [N].
     """
 
+    ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.float64]
     logits: npt.NDArray[np.float64]
 
     def shifted(self, by: float) -> Scores:
         """The same scores with `by` subtracted from every logit."""
-        return Scores(self.labels, self.logits - by)
+        return Scores(self.ids, self.labels, self.logits - by)
 
     def metrics(self) -> dict[str, float]:
         """AUC, log loss and accuracy over all samples."""
@@ -84,4 +86,4 @@ def score_split(
             f"valid: {num_samples} samples gave {len(table)} scores of {len(ids)} distinct ones; "
             "rebuild the shards with `rellax shards`"
         )
-    return Scores(table[first, 1], table[first, 2])
+    return Scores(ids.astype(np.int64), table[first, 1], table[first, 2])

@@ -1,8 +1,8 @@
-"""Where a training writes its figures: a JSONL file, which is the truth, and wandb if asked for.
+"""Where a training writes its figures: JSONL files, which are the truth, and wandb if asked for.
 
-The file survives kills and resumes: what was written after the checkpoint a run continues from is
-cut off, so every step appears once. wandb is a copy; it is imported only when used, runs on rank 0
-and its failures are counted, never raised.
+The files survive kills and resumes: what was written after the checkpoint a run continues from is
+cut off, so every step appears once. wandb is a copy (see `wandb_sink`). Only rank 0 has sinks, and
+secrets are masked in all of them.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from rellax_ds import runtime
 from rellax_ds.artifacts import write_bytes
-from rellax_ds.errors import ConfigError
+from rellax_ds.redaction import redacted
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from rellax_ds.config import Recipe
+    from rellax_ds.training.score import Scores
+    from rellax_ds.training.scored import ScoredPrompts
+    from rellax_ds.training.wandb_sink import WandbSink
 
 Record = dict[str, Any]
 
@@ -33,7 +34,7 @@ class JsonlSink:
 
     def write(self, record: Record) -> None:
         """Append a record."""
-        clean = {key: _finite(value) for key, value in record.items()}
+        clean = {key: _finite(value) for key, value in redacted(record).items()}
         self._file.write(json.dumps(clean, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -42,93 +43,56 @@ class JsonlSink:
         self._file.close()
 
 
-class WandbSink:
-    """A copy of the records in Weights & Biases; its failures are counted in `failures`."""
-
-    def __init__(self, recipe: Recipe, directory: Path, group: str) -> None:
-        """Start a run.
-
-        Args:
-            recipe: Names project and mode; its document becomes the run's configuration.
-            directory: Where wandb keeps its own files.
-            group: Attempts of one training share it.
-
-        Raises:
-            ConfigError: wandb is asked for and not installed.
-        """
-        self.failures = 0
-        self._run: Any = None
-        try:
-            import wandb
-        except ImportError:
-            raise ConfigError(
-                f"train.wandb is {recipe.train.wandb}, but wandb is not installed; install "
-                "rellax-ds[wandb] or set train.wandb=off"
-            ) from None
-        try:
-            self._run = wandb.init(
-                project=recipe.train.wandb_project,
-                mode="online" if recipe.train.wandb == "online" else "offline",
-                dir=str(directory),
-                group=group,
-                job_type="train",
-                config=recipe.model_dump(mode="json"),
-            )
-            for name in ("train/*", "valid/*"):
-                self._run.define_metric(name, step_metric="step")
-            self._run.define_metric("valid/auc", summary="max")
-        except Exception as error:  # a logging service must never end a training
-            self._count(error)
-
-    def write(self, record: Record) -> None:
-        """Log a step or a valid score; other events are left to the file."""
-        prefix = {"step": "train", "valid": "valid"}.get(record["event"])
-        if self._run is None or prefix is None:
-            return
-        figures = {f"{prefix}/{k}": v for k, v in record.items() if k not in ("event", "step")}
-        try:
-            self._run.log(figures | {"step": record["step"]})
-        except Exception as error:  # as above
-            self._count(error)
-
-    def close(self) -> None:
-        """Finish the run and say how many records were lost, if any."""
-        try:
-            if self._run is not None:
-                self._run.finish()
-        except Exception as error:  # as above
-            self._count(error)
-        if self.failures:
-            runtime.logger.warning("wandb: %d calls failed; log.jsonl is complete", self.failures)
-
-    def _count(self, error: Exception) -> None:
-        self.failures += 1
-        if self.failures == 1:
-            runtime.logger.warning(
-                "wandb: %s", " ".join(str(error).split()) or type(error).__name__
-            )
-
-
 class Sinks:
     """All sinks of a training; silent on every rank but the first."""
 
-    def __init__(self, *sinks: JsonlSink | WandbSink) -> None:
-        """Write to each of `sinks`; none on ranks above 0."""
-        self._sinks = sinks
+    def __init__(
+        self,
+        log: JsonlSink | None = None,
+        scored: tuple[JsonlSink, ScoredPrompts] | None = None,
+        wandb: WandbSink | None = None,
+    ) -> None:
+        """Write to those given; none on ranks above 0.
+
+        Args:
+            log: Steps and valid scores.
+            scored: Where the watched prompts' scores go, and the prompts.
+            wandb: A copy of both.
+        """
+        self._log, self._scored, self._wandb = log, scored, wandb
 
     def write(self, record: Record) -> None:
-        """Write a record to every sink."""
-        for sink in self._sinks:
-            sink.write(record)
+        """Write a step or a valid score."""
+        for sink in (self._log, self._wandb):
+            if sink is not None:
+                sink.write(record)
+
+    def show(self, step: int, scores: Scores) -> None:
+        """Write what the watched prompts scored at a step."""
+        if self._scored is None:
+            return
+        file, watched = self._scored
+        rows = watched.rows(step, scores)
+        for row in rows:
+            file.write({"event": "valid"} | {k: v for k, v in row.items() if k != "prompt"})
+        if self._wandb is not None:
+            self._wandb.show(rows)
+
+    def keep(self, adapter: Path, index: Path) -> None:
+        """Hand the best adapter and the shards' index to wandb, as artifacts."""
+        if self._wandb is not None:
+            self._wandb.keep(adapter, index)
 
     def close(self) -> None:
         """Close every sink."""
-        for sink in self._sinks:
-            sink.close()
+        scored = None if self._scored is None else self._scored[0]
+        for sink in (self._log, scored, self._wandb):
+            if sink is not None:
+                sink.close()
 
 
 def rewind(path: Path, step: int, scored: int) -> None:
-    """Cut from a log what a resumed run will write again.
+    """Cut from a JSONL file what a resumed run will write again.
 
     Args:
         path: The JSONL file; may be absent.

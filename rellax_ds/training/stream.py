@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rellax_ds import runtime
 from rellax_ds.errors import ShardError
 from rellax_ds.shards.collate import Collator
 from rellax_ds.shards.order import eval_batches, step_batches, steps_per_epoch
-from rellax_ds.shards.read import ShardReader
+from rellax_ds.shards.read import ShardIndex, ShardReader
+from rellax_ds.training.scored import spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from rellax_ds.batch import Batch
     from rellax_ds.config import Recipe
-    from rellax_ds.shards.read import ShardIndex
+    from rellax_ds.shards.read import Sample
 
 
 class PromptStream:
@@ -34,7 +36,7 @@ class PromptStream:
     """
 
     def __init__(self, folder: Path, recipe: Recipe, rank: int, world_size: int) -> None:
-        """Open and verify both splits.
+        """Open both splits, checking the index and the sizes of the shards; see `verify`.
 
         Args:
             folder: Folder of stage 5.
@@ -46,8 +48,8 @@ class PromptStream:
             ShardError: The shards are absent, damaged or hold no valid sample.
             ConfigError: A global batch is larger than the training split.
         """
-        self._train = ShardReader.open(folder, "train")
-        self._valid = ShardReader.open(folder, "valid")
+        index = ShardIndex.open(folder)
+        self._train, self._valid = (ShardReader(index, s, "size") for s in ("train", "valid"))
         if not len(self._valid):
             raise ShardError(
                 f"{folder}: the valid split is empty, nothing can be selected on it; raise "
@@ -55,13 +57,25 @@ class PromptStream:
             )
         self._settings, self._seed = recipe.train, recipe.seed
         self._rank, self._world_size = rank, world_size
-        self.index: ShardIndex = self._train.index
-        self.identity = self.index.digest
+        self.index, self.identity = index, index.digest
         self._collate = Collator(self.index, recipe.train.history_weight)
         self.steps_per_epoch = steps_per_epoch(len(self._train), recipe.train.global_batch)
         self.num_valid = len(self._valid)
         rows = len(self._train)
         self.base_rate = (float(self._train.labels.sum()) + 0.5) / (rows + 1)
+
+    def verify(self) -> None:
+        """Check every byte of both splits, where `train.verify` asks for it; one rank does it for
+        all, and every rank checks a sample's own checksum when it reads it.
+
+        Raises:
+            ShardError: A shard differs from the index.
+        """
+        if self._settings.verify == "size":
+            runtime.logger.info("train: shards are checked by size and sample only (train.verify)")
+            return
+        for reader in (self._train, self._valid):
+            reader.verify()
 
     def micro_batches(self, step: int) -> Iterator[tuple[int, Batch]]:
         """This rank's micro-batches of a step of the run, each with its number over all ranks."""
@@ -85,6 +99,10 @@ class PromptStream:
         batches = eval_batches(self._valid, self._settings.eval_batch, self._rank, self._world_size)
         for positions, repeated in batches:
             yield self._collate([self._valid[position] for position in positions]), repeated
+
+    def watched(self) -> list[Sample]:
+        """The few valid prompts whose scores are shown one by one."""
+        return [self._valid[position] for position in spread(self._valid.samples)]
 
     def close(self) -> None:
         """Close the shards' files."""

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
+from rellax_ds.training.throughput import FIELDS
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -71,7 +73,7 @@ def records(work: WorkDir) -> list[dict[str, Any]]:
     """What the log says, less the speed."""
     lines = (work.stage_dir("train") / "log.jsonl").read_text().splitlines()
     return [
-        {key: value for key, value in json.loads(line).items() if "per_second" not in key}
+        {key: value for key, value in json.loads(line).items() if key not in FIELDS}
         for line in lines
     ]
 

@@ -23,7 +23,6 @@ from benchmarks.zero_memory_rank import Held
 from rellax_ds import runtime
 from rellax_ds.artifacts import WorkDir
 from rellax_ds.config import load_recipe
-from rellax_ds.planning import memory
 from rellax_ds.planning.estimate import Machines, make_plan
 
 if TYPE_CHECKING:
@@ -129,8 +128,8 @@ def planned(recipe: Recipe, tokens: int, ranks: int) -> dict[str, int]:
     return {
         "weights": sum(_term(made, name) for name in weights),
         "adam": _term(made, "Adam state"),
-        "gradients": memory.weights_held(trained, ranks, element),
-        "peak": made.total.device,
+        "gradients": sum(-(-weight.numel // ranks) for weight in trained) * element,
+        "peak": made.total.device - _term(made, "CUDA and NCCL"),
     }
 
 

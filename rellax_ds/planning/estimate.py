@@ -143,7 +143,7 @@ def make_plan(recipe: Recipe, work: WorkDir, machines: Machines) -> Plan:
         shape=shape,
         terms=tuple(memory.terms(shape, layout, load)),
         largest_fetch=memory.largest_module(shape.weights, layout.element),
-        work=work_of(recipe, prompts, shape, layout.element, machines.tokens_per_second),
+        work=work_of(recipe, prompts, shape, machines.tokens_per_second),
     )
     if machines.gpu_memory is not None:
         _check_fits(made, recipe, layout, machines.gpu_memory)

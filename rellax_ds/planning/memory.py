@@ -160,9 +160,14 @@ def elements(weight: Weight, element: int) -> int:
     return -(-weight.numel // (2 * element)) if weight.quantised else weight.numel
 
 
+def width(weight: Weight, element: int) -> int:
+    """Bytes of one of them: adapters stay in float32 whatever the training's precision."""
+    return element if weight.group == "backbone" else MASTER
+
+
 def weights_held(weights: Iterable[Weight], ranks: int, element: int) -> int:
     """Bytes of weights divided among `ranks`; each is padded to a multiple of their number."""
-    return sum(-(-elements(w, element) // ranks) for w in weights) * element
+    return sum(-(-elements(w, element) // ranks) * width(w, element) for w in weights)
 
 
 def block_constants(weights: Iterable[Weight]) -> int:
@@ -193,8 +198,7 @@ def persistent_weights(weights: Iterable[Weight], layout: Layout) -> int:
         return 0
     listed = list(weights)
     names = persistent(listed, layout)
-    held = sum(elements(w, layout.element) for w in listed if w.name in names)
-    return held * layout.element
+    return weights_held((w for w in listed if w.name in names), 1, layout.element)
 
 
 def gather_window(weights: Iterable[Weight], layout: Layout) -> int:
@@ -206,7 +210,7 @@ def gather_window(weights: Iterable[Weight], layout: Layout) -> int:
     listed = list(weights)
     names = persistent(listed, layout)
     gathered = [w for w in listed if w.name not in names]
-    whole = sum(elements(w, layout.element) for w in gathered) * layout.element
+    whole = weights_held(gathered, 1, layout.element)
     return min(max(layout.live * layout.element, largest_module(gathered, layout.element)), whole)
 
 
@@ -214,8 +218,8 @@ def largest_module(weights: Iterable[Weight], element: int) -> int:
     """Bytes of the largest module's own parameters, which are gathered together."""
     modules: defaultdict[str, int] = defaultdict(int)
     for weight in weights:
-        modules[weight.module] += elements(weight, element)
-    return max(modules.values(), default=0) * element
+        modules[weight.module] += elements(weight, element) * width(weight, element)
+    return max(modules.values(), default=0)
 
 
 def gradients(trained: Iterable[Weight], layout: Layout) -> int:

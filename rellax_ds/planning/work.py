@@ -119,7 +119,6 @@ def work_of(
     recipe: Recipe,
     prompts: dict[str, Prompts],
     shape: ModelShape,
-    element: int,
     tokens_per_second: float | None,
 ) -> Work:
     """Steps, tokens and disk of a recipe.
@@ -128,7 +127,6 @@ def work_of(
         recipe: The recipe.
         prompts: From `prompts_of`.
         shape: The model's parameters.
-        element: Bytes of an element in the training's precision.
         tokens_per_second: Tokens trained on in a second, all ranks together.
 
     Raises:
@@ -143,7 +141,7 @@ def work_of(
     samples = steps * train.global_batch
     tokens = round(all_tokens * samples / rows)
     trained = sum(w.numel for w in shape.weights if w.trained)
-    adapter = sum(w.numel for w in shape.weights if w.group != "backbone") * element
+    adapter = sum(w.numel for w in shape.weights if w.group != "backbone") * 4
     checkpoint = 12 * trained + adapter
     return Work(
         prompts,

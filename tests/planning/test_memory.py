@@ -43,16 +43,14 @@ def test_small_parameters_stay_whole_up_to_the_limit_on_all() -> None:
     wide = replace(LAYOUT, persistence=103)
     assert memory.persistent(WEIGHTS, wide) == {"body.norm.weight", "gates.weight"}
     assert memory.persistent(WEIGHTS, replace(wide, persistence_in_all=112)) == {"body.norm.weight"}
-    assert memory.persistent_weights(WEIGHTS, wide) == 113 * 2
+    assert memory.persistent_weights(WEIGHTS, wide) == 10 * 2 + 103 * 4
 
 
-@pytest.mark.parametrize(
-    ("live", "gathered"), [(3000, 4000), (4500, 4500), (9000, 1001 + 4000 + 103)]
-)
+@pytest.mark.parametrize(("live", "size"), [(3000, 8000), (4500, 9000), (9000, 5001 * 2 + 103 * 4)])
 def test_window_is_the_live_limit_between_the_largest_module_and_the_whole(
-    live: int, gathered: int
+    live: int, size: int
 ) -> None:
-    assert memory.gather_window(WEIGHTS, replace(LAYOUT, live=live)) == gathered * 2
+    assert memory.gather_window(WEIGHTS, replace(LAYOUT, live=live)) == size
 
 
 def test_one_rank_gathers_nothing_unless_its_weights_lie_elsewhere() -> None:
@@ -65,10 +63,10 @@ def test_one_rank_gathers_nothing_unless_its_weights_lie_elsewhere() -> None:
 @pytest.mark.parametrize(
     ("stage", "frozen", "trained", "gradients", "adam"),
     [
-        (0, 5011 * 2, 103 * 2, 103 * 6, 103 * 12),
-        (1, 5011 * 2, 103 * 2, 103 * 6, 26 * 12),
-        (2, 5011 * 2, 103 * 2, 26 * 6, 26 * 12),
-        (3, (251 + 3 + 1000) * 2, 26 * 2, 26 * 6, 26 * 12),
+        (0, 5011 * 2, 103 * 4, 103 * 6, 103 * 12),
+        (1, 5011 * 2, 103 * 4, 103 * 6, 26 * 12),
+        (2, 5011 * 2, 103 * 4, 26 * 6, 26 * 12),
+        (3, (251 + 3 + 1000) * 2, 26 * 4, 26 * 6, 26 * 12),
     ],
 )
 def test_stage_divides_one_thing_more_each(

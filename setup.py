@@ -21,6 +21,9 @@ if not (ROOT / "rellax_ds" / "kernels" / "reference.py").is_file():
 setup(
     packages=[*find_packages(include=["rellax_ds", "rellax_ds.*"]), "rellax_ds.kernels"],
     package_data={
-        "rellax_ds": ["recipes/*.yaml", "prompts/*.yaml", "evaluation/*.j2", "py.typed"],
+        "rellax_ds": [
+            *("recipes/*.yaml", "prompts/*.yaml", "planning/configs/*.json"),
+            *("evaluation/*.j2", "py.typed"),
+        ],
     },
 )

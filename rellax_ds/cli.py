@@ -1,12 +1,14 @@
-"""The `rellax` command: one subcommand per stage, the whole pipeline, and the fetching of assets.
+"""The `rellax` command: one subcommand per stage, the whole pipeline, the plan of a training, and
+the fetching of assets.
 
-Every subcommand takes the same four flags; `rellax shards verify` checks what stage 5 wrote. An
+Every stage takes the same four flags; `rellax shards verify` checks what stage 5 wrote. An
 error a user can mend is one line on standard error and exit status 1; anything else is a defect of
 ours and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -47,6 +49,24 @@ ResumeFlag = Annotated[
     str,
     typer.Option("--resume", help="Continue an interrupted training: auto, never or a checkpoint."),
 ]
+RanksFlag = Annotated[
+    int | None,
+    typer.Option("--ranks", min=1, help="Ranks to plan for; by default train.num_processes."),
+]
+HostsFlag = Annotated[
+    int, typer.Option("--hosts", min=1, help="Machines the ranks are spread over.")
+]
+GpuMemoryFlag = Annotated[
+    float | None,
+    typer.Option("--gpu-memory", min=0.1, help="GiB of one GPU; refuse what does not fit."),
+]
+ThroughputFlag = Annotated[
+    float | None,
+    typer.Option(
+        "--tokens-per-second", min=1e-3, help="Measured throughput of all ranks, for the hours."
+    ),
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")]
 UntilFlag = Annotated[str, typer.Option("--until", help=f"Last stage to run: {', '.join(STAGES)}.")]
 
 
@@ -116,6 +136,26 @@ def _stage_command(stage: str) -> Callable[..., None]:
 for _stage in STAGES:
     if _stage != "shards":
         app.command(_stage)(_stage_command(_stage))
+
+
+@app.command()
+def plan(
+    recipe: RecipeFlag,
+    set_: SetFlag = None,
+    work_dir: WorkDirFlag = None,
+    ranks: RanksFlag = None,
+    hosts: HostsFlag = 1,
+    gpu_memory: GpuMemoryFlag = None,
+    tokens_per_second: ThroughputFlag = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Say what training needs in memory, disk and steps, without a GPU or loading weights."""
+    from rellax_ds.planning.estimate import Machines, make_plan
+    from rellax_ds.planning.show import document, text
+
+    loaded, work = _open_run(recipe, set_, work_dir)
+    made = make_plan(loaded, work, Machines(ranks, hosts, gpu_memory, tokens_per_second))
+    typer.echo(json.dumps(document(made), indent=2) if json_ else text(made, gpu_memory))
 
 
 class ShardsAction(StrEnum):

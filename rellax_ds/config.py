@@ -142,6 +142,10 @@ class ModelConfig(Section):
     backbone: str = Field(
         default="smollm2-135m-instruct", description="Asset name, Hugging Face name or local path."
     )
+    quantization: Literal["none", "nf4"] = Field(
+        default="none",
+        description="Frozen linear layers in 4-bit NormalFloat, or in the training's precision.",
+    )
     rank: PositiveInt = Field(default=8, description="Rank of A and B, all experts together.")
     alpha: PositiveFloat = Field(default=16.0, description="The update is scaled by alpha / rank.")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05

@@ -28,6 +28,8 @@ def test_command_line_surface_is_frozen() -> None:
     }
     expected = dict.fromkeys((*STAGES, "assets"), SHARED) | {"run": SHARED | {"--until"}}
     expected["shards"] = SHARED | {"action"}
+    machines = {"--ranks", "--hosts", "--gpu-memory", "--tokens-per-second"}
+    expected["plan"] = SHARED - {"--resume"} | machines | {"--json"}
     assert surface == expected
 
 

@@ -39,6 +39,7 @@ FLOORS = {
     "shards": 5,
     "training": 6,
     "evaluation": 6,
+    "planning": 6,
     "stages": 7,
     "cli": 8,
     "testing": 8,

@@ -37,6 +37,7 @@ def test_wheel_contains_only_the_package(wheel: Path) -> None:
     assert tops == {"rellax_ds"}
     assert "rellax_ds/kernels/reference.py" in names
     assert "rellax_ds/recipes/ml100k_demo.yaml" in names
+    assert "rellax_ds/planning/configs/Qwen--Qwen3-8B.json" in names
     assert any(name.startswith("rellax_ds/prompts/") and name.endswith(".yaml") for name in names)
     assert any(name.endswith(".j2") for name in names)
 

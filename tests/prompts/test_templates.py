@@ -17,7 +17,9 @@ answers: {"yes": " Yes", "no": " No"}
 """
 
 
-@pytest.mark.parametrize("name", ["plain", "question_answer", "vicuna_compat"])
+@pytest.mark.parametrize(
+    "name", ["plain", "question_answer", "vicuna_compat", "vicuna_compat_books"]
+)
 def test_shipped_template_loads_and_survives_its_document(name: str) -> None:
     assert name in shipped_templates()
     template = load_template(name)

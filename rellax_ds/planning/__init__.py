@@ -1,0 +1,3 @@
+"""Before a run: what a training will need, from the recipe, the DeepSpeed JSON and the backbone's
+config alone. `estimate` puts it together; docs/planning.md explains every formula.
+"""

@@ -232,6 +232,9 @@ class TrainConfig(Section):
         default=0.1, description="Share of the steps with a rising learning rate."
     )
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule_epochs: PositiveInt | None = Field(
+        default=None, description="Epochs the schedule is stretched over; null: train.epochs."
+    )
     clip: PositiveFloat = 1.0
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass."
@@ -263,6 +266,15 @@ class TrainConfig(Section):
     )
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "rellax-ds"
+
+    @model_validator(mode="after")
+    def _schedule_long_enough(self) -> TrainConfig:
+        if self.schedule_epochs is not None and self.schedule_epochs < self.epochs:
+            raise ValueError(
+                f"schedule_epochs {self.schedule_epochs} is less than epochs {self.epochs}: the "
+                "learning rate would be 0 before the end"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batches_divide(self) -> TrainConfig:

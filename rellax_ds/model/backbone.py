@@ -10,7 +10,8 @@ forward, or under `gathered`.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+import importlib.util
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ from rellax_ds.model.packed import pack_attention
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+Quantization = Literal["none", "nf4"]
 
 _HEAD_CHANGES = {
     "final_logit_softcapping": None,
@@ -38,13 +41,16 @@ def load_backbone(reference: str, dtype: torch.dtype = torch.float32, packing: b
         dtype: Type of the weights.
         packing: Whether prompts are to lie end to end; else, and for a model that cannot, they are
             padded.
+        quantization: `nf4` keeps the linear layers in 4 bits (bitsandbytes) and computes in
+            `dtype`, in which they are also stored, so that ZeRO-3 can partition them.
 
     Returns:
         A transformers causal LM; under an active `HfDeepSpeedConfig` its parameters are
         partitioned.
 
     Raises:
-        ConfigError: The reference cannot be loaded, or the model changes its logits after the head.
+        ConfigError: The reference cannot be loaded, bitsandbytes is missing, or the model changes
+            its logits after the head.
     """
     from transformers import AutoModelForCausalLM
 
@@ -55,6 +61,7 @@ def load_backbone(reference: str, dtype: torch.dtype = torch.float32, packing: b
             attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,
+            **_quantized(quantization, dtype),
         )
     except (OSError, ValueError) as error:
         cause = str(error).splitlines()[0]
@@ -73,6 +80,26 @@ def load_backbone(reference: str, dtype: torch.dtype = torch.float32, packing: b
         pack_attention(model)
     model.requires_grad_(False)
     return model
+
+
+def _quantized(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` is given besides."""
+    if quantization == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model.quantization is {quantization}, but bitsandbytes is not installed; install "
+            "rellax-ds[quant] or set model.quantization=none"
+        )
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
+    return {"quantization_config": config}
 
 
 def gathered(parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:

@@ -229,7 +229,9 @@ def assemble(
     loss: Loss = "yes_no",
 ) -> ReLLaX:
     """Like `build_rellax`, with fresh adapters and everything of them trainable."""
-    base = backbones.load_backbone(backbone_reference, dtype, model_config.packing)
+    base = backbones.load_backbone(
+        backbone_reference, dtype, model_config.packing, model_config.quantization
+    )
     _check_answers(base, answer_ids)
     spa = None
     if model_config.spa:

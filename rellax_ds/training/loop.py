@@ -86,7 +86,8 @@ class Loop:
         self.store, self.sinks, self.stop = store, sinks, stop
         self.directory, self.state, self.seed = directory, state, recipe.seed
         self.total = recipe.train.epochs * stream.steps_per_epoch
-        self.warmup = warmup_steps(recipe.train.warmup, self.total)
+        self.horizon = (recipe.train.schedule_epochs or recipe.train.epochs) * stream.steps_per_epoch
+        self.warmup = warmup_steps(recipe.train.warmup, self.horizon)
         self.recipe = recipe
         processes = engine.processes
         self.throughput = Throughput(self.model, processes.device, processes.world_size)
@@ -125,7 +126,7 @@ class Loop:
         state = self.state
         self.throughput.start()
         factor = rate_factor(
-            self.train.schedule, state.step - state.skipped, self.total, self.warmup
+            self.train.schedule, state.step - state.skipped, self.horizon, self.warmup
         )
         self.engine.set_rate(factor)
         loss = tokens = 0.0

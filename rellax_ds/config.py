@@ -243,6 +243,11 @@ class TrainConfig(Section):
     max_skips: PositiveInt = Field(
         default=3, description="Skipped (non-finite) steps in a row before training stops."
     )
+    hang_timeout: PositiveFloat = Field(
+        default=1800.0,
+        description="Seconds without progress (a micro-batch, a checkpoint, loading the model) "
+        "after which a job of several ranks ends and names the rank it waits for.",
+    )
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "rellax-ds"
 

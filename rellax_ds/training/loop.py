@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from rellax_ds import metrics, runtime
-from rellax_ds.errors import RellaxError
+from rellax_ds.errors import CheckpointError, RellaxError
 from rellax_ds.model import adapter_io
 from rellax_ds.training.schedule import rate_factor, warmup_steps
 from rellax_ds.training.score import score_split
@@ -97,6 +97,7 @@ class Loop:
 
         Raises:
             StopTraining: A stop was asked for; a checkpoint of the last whole step is committed.
+            CheckpointError: No adapter could be written.
             RellaxError: `train.max_skips` steps in a row had a non-finite gradient.
         """
         while True:
@@ -104,6 +105,11 @@ class Loop:
                 self._score()
                 self._checkpoint_if_due()
             if self.state.step >= self.total or self._gave_up():
+                if self.state.best_step is None:
+                    raise CheckpointError(
+                        f"{self.directory / ADAPTER}: no adapter of this training could be "
+                        "written; make room and run the same command again"
+                    )
                 return self.state
             with self._progress() as progress:
                 while not self._score_due():
@@ -118,6 +124,7 @@ class Loop:
         factor = rate_factor(
             self.train.schedule, state.step - state.skipped, self.total, self.warmup
         )
+        self.engine.processes.at(f"step {state.step + 1}")
         self.engine.set_rate(factor)
         loss = tokens = 0.0
         for index, batch in self.stream.micro_batches(state.step):
@@ -148,6 +155,7 @@ class Loop:
 
     def _score(self) -> None:
         state = self.state
+        self.engine.processes.at(f"the valid score after step {state.step}")
         scores = score_split(
             self.engine, self.stream.valid(), self.stream.num_valid, self._leave_if_asked
         )
@@ -159,8 +167,9 @@ class Loop:
         if state.step == 0:
             state.untrained = found
         elif state.best_step is None or found["auc"] > state.best_auc:
-            state.best_step, state.best_auc, state.stale = state.step, found["auc"], 0
-            self._keep_adapter()
+            state.stale = 0
+            if self._keep_adapter():
+                state.best_step, state.best_auc = state.step, found["auc"]
         else:
             state.stale += 1
         self.sinks.write(
@@ -176,6 +185,7 @@ class Loop:
             )
 
     def _checkpoint(self) -> None:
+        self.engine.processes.at(f"the checkpoint of step {self.state.step}")
         self.store.save(
             self.engine,
             self.state.step,
@@ -184,19 +194,37 @@ class Loop:
             self.state.best_step,
         )
 
-    def _keep_adapter(self) -> None:
-        """Replace the best adapter by the current one; the gather comes before any file."""
+    def _keep_adapter(self) -> bool:
+        """Replace the best adapter by the current one; the gather comes before any file.
+
+        Returns:
+            Whether it was written; if not, the one before is still whole and remains the best.
+        """
         collected = adapter_io.collect(self.model)
 
-        def replace() -> None:
+        def replace() -> str | None:
             fresh, target = self.directory / f".{ADAPTER}", self.directory / ADAPTER
             shutil.rmtree(fresh, ignore_errors=True)
             assert collected is not None, "rank 0 holds what was gathered"
-            adapter_io.write(collected, fresh)
+            try:
+                adapter_io.write(collected, fresh)
+            except CheckpointError as error:
+                shutil.rmtree(fresh, ignore_errors=True)
+                return str(error)
             shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)
+            return None
 
-        self.engine.processes.from_rank_zero(replace)
+        failure = self.engine.processes.from_rank_zero(replace)
+        if failure is not None and self.engine.processes.first:
+            best = self.state.best_step
+            runtime.logger.warning(
+                "train: the adapter of step %d, the best so far, was not kept: %s; %s, training "
+                "goes on",
+                *(self.state.step, failure),
+                "none is kept yet" if best is None else f"that of step {best} stays",
+            )
+        return failure is None
 
     def _leave_if_asked(self) -> None:
         if not self.stop.agreed():

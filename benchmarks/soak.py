@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS_PER_EPOCH = 6
 STEPS_PER_KILL = 6
 LIMIT = 300.0
-POLL = 0.002
+POLL = 0.01
 MOMENTS = ("start", "step", "step", "save", "save")
 """What a kill is aimed at; steps and saves are the more frequent."""
 

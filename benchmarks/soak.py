@@ -34,7 +34,7 @@ from rellax_ds.artifacts import WorkDir
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS_PER_EPOCH = 6
-STEPS_PER_KILL = 6
+STEPS_PER_KILL = 4
 LIMIT = 300.0
 POLL = 0.01
 MOMENTS = ("start", "step", "step", "save", "save")

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 RANKS = "ranks"
 """Folder of the records, in the stage's running folder."""
 
-ORPHAN_SECONDS = 20.0
+ORPHAN_SECONDS = 15.0
 """How long a rank without its launcher may take to leave in good order."""
 
 _RECORD_BYTES = 512

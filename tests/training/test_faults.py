@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -95,6 +96,11 @@ MOMENTS = {
     "score": "checkpoints/step-00000005/manifest.json",
 }
 SHORT = [("one rank", "step"), ("all ranks", "save"), ("inner launcher", "score")]
+REST = [
+    pytest.param(target, moment, marks=pytest.mark.slow_soak)
+    for target, moment in itertools.product(TARGETS, MOMENTS)
+    if (target, moment) not in SHORT
+]
 
 
 def stop_and_resume(recipe: Path, work: WorkDir, target: str, moment: str) -> None:
@@ -115,7 +121,7 @@ def stop_and_resume(recipe: Path, work: WorkDir, target: str, moment: str) -> No
     train(recipe, work, 2)
 
 
-@pytest.mark.parametrize(("target", "moment"), SHORT)
+@pytest.mark.parametrize(("target", "moment"), SHORT + REST)
 def test_sigterm_ends_every_rank_with_a_checkpoint_and_resume_gives_the_same_bits(
     recipe_file: Path,
     make_work: Callable[..., WorkDir],

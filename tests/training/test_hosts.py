@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from trainings import ROOT, records, train, wait_for
+from trainings import ROOT, records, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -83,7 +83,7 @@ def wait_hosts(processes: list[subprocess.Popen[bytes]], work: WorkDir) -> list[
 
 
 def test_two_hosts_train_as_two_ranks_and_the_loss_of_one_is_told_by_the_other(
-    hosts: list[str], recipe_file: Path, make_work: Callable[..., WorkDir]
+    hosts: list[str], recipe_file: Path, make_work: Callable[..., WorkDir], two_ranks: WorkDir
 ) -> None:
     work = make_work()
     processes = start_hosts(hosts, recipe_file, work, "--set", f"train.hang_timeout={HANG_TIMEOUT}")
@@ -98,6 +98,6 @@ def test_two_hosts_train_as_two_ranks_and_the_loss_of_one_is_told_by_the_other(
     assert "train: rank 1 (host host-1, process " in told
     assert "is gone, last seen in " in told
     assert wait_hosts(start_hosts(hosts, recipe_file, work), work) == [0, 0], told
-    alone = records(train(recipe_file, make_work(), 2))
-    losses = [[r["loss"] for r in log if r["event"] == "step"] for log in (alone, records(work))]
+    logs = records(two_ranks), records(work)
+    losses = [[r["loss"] for r in log if r["event"] == "step"] for log in logs]
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)

@@ -30,16 +30,6 @@ STEPS = 12
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def one_rank(recipe_file: Path, make_work: Callable[..., WorkDir]) -> WorkDir:
-    return train(recipe_file, make_work(), 1)
-
-
-@pytest.fixture(scope="module")
-def two_ranks(recipe_file: Path, make_work: Callable[..., WorkDir]) -> WorkDir:
-    return train(recipe_file, make_work(), 2)
-
-
 def test_training_on_two_ranks_equals_training_on_one(
     one_rank: WorkDir, two_ranks: WorkDir
 ) -> None:

@@ -12,6 +12,7 @@ and wandb. The DeepSpeed JSON counts by content, not by path.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,9 +47,8 @@ CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
 
 _LAUNCHED = "launched.yaml"
-"""The recipe as the ranks read it; an agreed stop deletes it, since a launcher's status can hide
-that one.
-"""
+_STOPPED = "STOPPED"
+"""Left by an agreed stop for the process that launched the ranks: launchers hide statuses."""
 
 _NEUTRAL = frozenset(
     {
@@ -95,7 +95,7 @@ def run_train(recipe: Recipe, work: WorkDir, resume: str = "auto") -> Manifest:
         return committed
     status = _launch(recipe, attempt, resume)
     manifest = attempt.committed()
-    if manifest is None and not (attempt.directory / _LAUNCHED).exists():
+    if manifest is None and (status == EXIT_STOPPED or (attempt.directory / _STOPPED).exists()):
         raise SystemExit(EXIT_STOPPED)
     if manifest is None:
         raise ArtifactError(
@@ -124,7 +124,8 @@ def _run_here(recipe: Recipe, work: WorkDir, resume: str) -> Manifest:
         except StopTraining as stopped:
             if processes.first:
                 runtime.logger.warning("%s", stopped)
-                (attempt.directory / _LAUNCHED).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # on a full disk the status has to do
+                    (attempt.directory / _STOPPED).touch()
             processes.close()
             raise SystemExit(EXIT_STOPPED) from None
         manifest = processes.from_rank_zero(lambda: _commit(attempt, counts))
@@ -285,7 +286,8 @@ def _begin(attempt: StageRun, resume: str) -> None:
     if resume == "never":
         shutil.rmtree(directory)
         directory.mkdir()
-    (directory / STOP_FILE).unlink(missing_ok=True)
+    if runtime.launcher_process() is None:  # else it was removed there, and may be asked for by now
+        (directory / STOP_FILE).unlink(missing_ok=True)
     shutil.rmtree(directory / RANKS, ignore_errors=True)
 
 
@@ -293,7 +295,7 @@ def _commit(attempt: StageRun, counts: dict[str, Any]) -> Manifest:
     directory = attempt.directory
     for name in (CHECKPOINTS, RANKS):
         shutil.rmtree(directory / name, ignore_errors=True)
-    for name in (STOP_FILE, _LAUNCHED):
+    for name in (STOP_FILE, _STOPPED, _LAUNCHED):
         (directory / name).unlink(missing_ok=True)
     manifest = attempt.commit(counts)
     folder = attempt.work.stage_dir("train")
@@ -305,6 +307,7 @@ def _launch(recipe: Recipe, attempt: StageRun, resume: str) -> int:
     """Start the ranks with the recipe as it is resolved here, and wait for them."""
     resolve_ds_config(recipe.train, recipe.train.num_processes)
     attempt.directory.mkdir(parents=True, exist_ok=True)
+    (attempt.directory / _STOPPED).unlink(missing_ok=True)
     path = attempt.directory / _LAUNCHED
     write_bytes(path, yaml.safe_dump(recipe.model_dump(mode="json")).encode())
     arguments = ["train", "--recipe", str(path), "--work-dir", str(attempt.work.root)]

@@ -82,6 +82,7 @@ def wait_hosts(processes: list[subprocess.Popen[bytes]], work: WorkDir) -> list[
     return statuses
 
 
+@pytest.mark.timeout(600)
 def test_two_hosts_train_as_two_ranks_and_the_loss_of_one_is_told_by_the_other(
     hosts: list[str], recipe_file: Path, make_work: Callable[..., WorkDir], two_ranks: WorkDir
 ) -> None:

@@ -264,6 +264,11 @@ class TrainConfig(Section):
         description="Check of the shards at the start; size: leave huge sets to the checksum that "
         "every sample has.",
     )
+    hang_timeout: PositiveFloat = Field(
+        default=1800.0,
+        description="Seconds without progress (a micro-batch, a checkpoint, loading the model) "
+        "after which a job of several ranks ends and names the rank it waits for.",
+    )
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "rellax-ds"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import hashlib
 import importlib.metadata
@@ -17,6 +18,8 @@ import platform
 import random
 import resource
 import secrets
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -42,6 +45,7 @@ _PACKAGES = (
     "polars",
 )
 
+_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a named interface
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 
 
@@ -120,6 +124,35 @@ def prepare_engine(cuda: bool) -> None:
     path = os.environ.get("PATH", os.defpath)
     if path.split(os.pathsep)[0] != folder:
         os.environ["PATH"] = folder + os.pathsep + path
+
+
+def prepare_network() -> None:
+    """Let gloo use the interface that leads to the first host, unless the user has chosen one.
+
+    By itself gloo takes the address that this host's name stands for, which often is the loopback
+    or one the other hosts cannot reach.
+    """
+    address = os.environ.get("MASTER_ADDR")
+    if address and "GLOO_SOCKET_IFNAME" not in os.environ:
+        name = _interface_towards(address)
+        if name is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _interface_towards(address: str) -> str | None:
+    """Name of the interface whose first IPv4 address leads to `address` (Linux)."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # nothing is sent
+            own = socket.inet_aton(probe.getsockname()[0])
+            for _, name in socket.if_nameindex():
+                request = struct.pack("256s", name.encode()[:15])
+                with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                    if fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24] == own:
+                        return name
+    except OSError:
+        return None
+    return None
 
 
 def launcher_process() -> int | None:

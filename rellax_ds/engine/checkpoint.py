@@ -99,6 +99,7 @@ class CheckpointStore:
         tensors, facts = elastic.capture(engine)
 
         def write() -> tuple[str | None, str | None]:
+            self._prune(best_step)  # a kill between publishing and pruning left one too many
             try:
                 return str(self._commit(step, tensors, facts, state, folders)), None
             except (OSError, SafetensorError, CheckpointError) as error:
@@ -157,7 +158,7 @@ class CheckpointStore:
         if fault(target) is None:
             return target
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._check_space(sum(t.numel() * t.element_size() for t in tensors.values()), folders)
+        needed = self._check_space(tensors, folders)
         staging = _fresh(self.directory, f".staging-{step}")
         try:
             elastic.write(staging / TENSORS, tensors, facts)
@@ -169,8 +170,13 @@ class CheckpointStore:
             if target.exists():
                 self._discard(target)
             staging.rename(target)
-        except BaseException:
+        except BaseException as error:
+            free = shutil.disk_usage(self.directory).free
             shutil.rmtree(staging, ignore_errors=True)
+            if isinstance(error, (OSError, SafetensorError)):
+                raise CheckpointError(
+                    f"{staging}: {error}; {free} bytes were free, a checkpoint needs {needed}"
+                ) from error
             raise
         fsync(self.directory)
         write_bytes(self.directory / LATEST, f"{target.name}\n".encode())
@@ -192,7 +198,9 @@ class CheckpointStore:
         write_json(staging / MANIFEST, manifest | {"seal": digest(manifest)})
         fsync(staging)
 
-    def _check_space(self, tensor_bytes: int, folders: Mapping[str, Path]) -> None:
+    def _check_space(self, tensors: Mapping[str, torch.Tensor], folders: Mapping[str, Path]) -> int:
+        """Bytes a checkpoint takes at most; raises CheckpointError when they are not free."""
+        tensor_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
         copied = sum(p.stat().st_size for f in folders.values() for p in f.rglob("*"))
         needed = int(_HEADROOM * (tensor_bytes + copied))
         free = shutil.disk_usage(self.directory).free
@@ -200,6 +208,7 @@ class CheckpointStore:
             raise CheckpointError(
                 f"{self.directory} has {free} bytes free, a checkpoint needs {needed}"
             )
+        return needed
 
     def _prune(self, best_step: int | None) -> None:
         steps = sorted(self.directory.glob("step-*"), reverse=True)

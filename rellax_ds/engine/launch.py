@@ -17,17 +17,20 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rellax_ds import runtime
+from rellax_ds.engine.watchdog import ORPHAN_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 _MODULE = "rellax_ds.cli"
+_STRAGGLER_SECONDS = ORPHAN_SECONDS + 5  # ranks that can leave by themselves do so before
 
 
 def launch_ranks(num_processes: int, arguments: list[str], stop_file: Path) -> int:
@@ -37,6 +40,9 @@ def launch_ranks(num_processes: int, arguments: list[str], stop_file: Path) -> i
         num_processes: Ranks to start; the cores are shared out evenly among them.
         arguments: Arguments of the `rellax` command, for example `["train", "--recipe", ...]`.
         stop_file: Created when this process is asked to stop; the ranks watch for it.
+
+    No rank is left when this returns: those that outlive their launcher get the time to leave in
+    good order, then SIGKILL.
 
     Returns:
         The launcher's exit status; a hint, not a proof of success.
@@ -57,7 +63,10 @@ def launch_ranks(num_processes: int, arguments: list[str], stop_file: Path) -> i
         command, env=environment, stdout=sys.stderr.fileno(), start_new_session=True
     )
     with _stop_by_file(stop_file):
-        return process.wait()
+        try:
+            return process.wait()
+        finally:
+            _end_stragglers(process.pid)
 
 
 def warm() -> None:
@@ -83,6 +92,20 @@ def _stop_by_file(stop_file: Path) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _end_stragglers(group: int) -> None:
+    """Wait until the launcher's process group is empty, and end what is left of it after a while.
+
+    A launcher that was killed leaves its ranks behind, and a stopped one hears no SIGTERM.
+    """
+    deadline = time.monotonic() + _STRAGGLER_SECONDS
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.1)
+        os.killpg(group, signal.SIGKILL)
+        runtime.logger.warning("train: ranks outlived their launcher and were killed")
 
 
 def _free_port() -> int:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_TIMEOUT = datetime.timedelta(minutes=30)
+_MARGIN_SECONDS = 60  # the watchdog, which can say who is missing, comes before the group's timeout
 _OP = "deepspeed_shm_comm"
 _STALE_LOCK_SECONDS = 600
 
@@ -40,6 +40,9 @@ class Processes:
         rank: This process, from 0.
         world_size: Number of ranks.
         device: Where this rank computes.
+        doing: What this rank is busy with, in words.
+        beats: Grows with every collective and every `at`; ranks run the same code, so the smallest
+            is the rank the others wait for.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -47,6 +50,13 @@ class Processes:
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
         self.device = device
+        self.doing = "its start"
+        self.beats = 0
+
+    def at(self, doing: str) -> None:
+        """Say what this rank does next; a sign of progress for the watchdog."""
+        self.doing = doing
+        self.beats += 1
 
     @property
     def first(self) -> bool:
@@ -63,6 +73,7 @@ class Processes:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over the ranks, in float64."""
+        self.beats += 1
         if self.world_size == 1:
             return [float(value) for value in values]
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -71,6 +82,7 @@ class Processes:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank; for small picklable values."""
+        self.beats += 1
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -79,6 +91,7 @@ class Processes:
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value on every rank."""
+        self.beats += 1
         if self.world_size == 1:
             return value
         values = [value if self.first else None]
@@ -105,6 +118,7 @@ class Processes:
 
     def barrier(self) -> None:
         """Wait for every rank."""
+        self.beats += 1
         if self.world_size > 1:
             torch.distributed.barrier()
 
@@ -115,13 +129,18 @@ class Processes:
             torch.distributed.destroy_process_group()
 
 
-def start_processes() -> Processes:
+def start_processes(hang_timeout: float = 1800.0) -> Processes:
     """Join the launched job, or form a group of one; gloo on CPU, nccl on GPUs.
+
+    Args:
+        hang_timeout: Seconds to wait for the other ranks, here and in any later collective.
 
     Raises:
         KernelUnavailableError: DeepSpeed cannot build the collective it needs on CPU.
+        RellaxError: The ranks did not find each other.
     """
     runtime.prepare_engine(cuda=torch.cuda.is_available())
+    runtime.prepare_network()
     _warn_of_build()
     with contextlib.redirect_stdout(sys.stderr):
         import deepspeed
@@ -145,8 +164,16 @@ def start_processes() -> Processes:
         if not deepspeed.comm.is_initialized():
             try:
                 deepspeed.init_distributed(
-                    timeout=_TIMEOUT, verbose=False, auto_mpi_discovery=False
+                    timeout=datetime.timedelta(seconds=hang_timeout + _MARGIN_SECONDS),
+                    verbose=False,
+                    auto_mpi_discovery=False,
                 )
+            except torch.distributed.DistError as error:
+                raise RellaxError(
+                    f"rank {runtime.rank()} of {runtime.world_size()} did not meet the others: "
+                    f"{' '.join(str(error).split())[:240]}; start every host with the same master "
+                    "address and port, and let them reach each other (docs/distributed.md)"
+                ) from error
             except (RuntimeError, OSError) as error:
                 raise _build_error(error) from error
     return Processes(device)

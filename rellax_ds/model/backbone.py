@@ -33,7 +33,12 @@ _HEAD_CHANGES = {
 """Config fields by which some models change logits after the head, and their neutral values."""
 
 
-def load_backbone(reference: str, dtype: torch.dtype = torch.float32, packing: bool = True) -> Any:
+def load_backbone(
+    reference: str,
+    dtype: torch.dtype = torch.float32,
+    packing: bool = True,
+    quantization: Quantization = "none",
+) -> Any:
     """Load a causal LM, frozen, with attention for packed prompts and no KV cache.
 
     Args:

@@ -6,12 +6,13 @@ training runs in this process when that number is one. Whether it succeeded is r
 committed manifest in every case.
 
 Left out of the key, because they change speed and comfort but not what is learned: the number of
-ranks, micro_batch, eval_batch, how often and how many checkpoints are kept, max_skips, verify and
-wandb. The DeepSpeed JSON counts by content, not by path.
+ranks, micro_batch, eval_batch, how often and how many checkpoints are kept, max_skips, verify,
+hang_timeout and wandb. The DeepSpeed JSON counts by content, not by path.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,10 @@ from rellax_ds.assets import resolve_model
 from rellax_ds.config import Recipe, TrainConfig, digest
 from rellax_ds.engine.ds_config import ds_config_digest, resolve_ds_config
 from rellax_ds.engine.launch import launch_ranks
+from rellax_ds.engine.watchdog import RANKS, Watchdog
 from rellax_ds.errors import ArtifactError, CheckpointError
 from rellax_ds.stages.stage import Stage, StageContext
-from rellax_ds.training.signals import EXIT_STOPPED, STOP_FILE
+from rellax_ds.training.signals import EXIT_STOPPED, STOP_FILE, StopRequest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,12 +48,15 @@ LOG = "log.jsonl"
 SCORED = "scored.jsonl"
 
 _LAUNCHED = "launched.yaml"
+_STOPPED = "STOPPED"
+"""Left by an agreed stop for the process that launched the ranks: launchers hide statuses."""
 
 _NEUTRAL = frozenset(
     {
         "checkpoint_every",
         "ds_config",
         "eval_batch",
+        "hang_timeout",
         "keep_last",
         "max_skips",
         "micro_batch",
@@ -92,7 +97,7 @@ def run_train(recipe: Recipe, work: WorkDir, resume: str = "auto") -> Manifest:
         return committed
     status = _launch(recipe, attempt, resume)
     manifest = attempt.committed()
-    if manifest is None and status == EXIT_STOPPED:
+    if manifest is None and (status == EXIT_STOPPED or (attempt.directory / _STOPPED).exists()):
         raise SystemExit(EXIT_STOPPED)
     if manifest is None:
         raise ArtifactError(
@@ -106,7 +111,7 @@ def _run_here(recipe: Recipe, work: WorkDir, resume: str) -> Manifest:
     from rellax_ds.engine.processes import start_processes
     from rellax_ds.training.loop import StopTraining
 
-    processes = start_processes()
+    processes = start_processes(recipe.train.hang_timeout)
     attempt = processes.from_rank_zero(lambda: _attempt(recipe, work))
     committed = processes.from_rank_zero(lambda: _skip(attempt))
     if committed is not None:
@@ -114,25 +119,30 @@ def _run_here(recipe: Recipe, work: WorkDir, resume: str) -> Manifest:
         return committed
     processes.from_rank_zero(lambda: _begin(attempt, resume))
     context = StageContext(recipe, work, attempt.directory, attempt.key)
-    try:
-        counts = _train(context, processes, resume)
-    except StopTraining as stopped:
-        if processes.first:
-            runtime.logger.warning("%s", stopped)
+    with StopRequest(processes, attempt.directory / STOP_FILE) as stop:
+        try:
+            with Watchdog(processes, attempt.directory / RANKS, recipe.train.hang_timeout):
+                counts = _train(context, processes, stop, resume)
+        except StopTraining as stopped:
+            if processes.first:
+                runtime.logger.warning("%s", stopped)
+                with contextlib.suppress(OSError):  # on a full disk the status has to do
+                    (attempt.directory / _STOPPED).touch()
+            processes.close()
+            raise SystemExit(EXIT_STOPPED) from None
+        manifest = processes.from_rank_zero(lambda: _commit(attempt, counts))
         processes.close()
-        raise SystemExit(EXIT_STOPPED) from None
-    manifest = processes.from_rank_zero(lambda: _commit(attempt, counts))
-    processes.close()
     return manifest
 
 
-def _train(context: StageContext, processes: Processes, resume: str) -> dict[str, Any]:
+def _train(
+    context: StageContext, processes: Processes, stop: StopRequest, resume: str
+) -> dict[str, Any]:
     """Build the parts, run the loop on all ranks and write the artefact's files."""
     from rellax_ds.engine.checkpoint import CheckpointStore
     from rellax_ds.engine.engine import Engine
     from rellax_ds.shards.read import INDEX
     from rellax_ds.training.loop import ADAPTER, Loop
-    from rellax_ds.training.signals import StopRequest
     from rellax_ds.training.sinks import Sinks
     from rellax_ds.training.stream import PromptStream
 
@@ -143,22 +153,20 @@ def _train(context: StageContext, processes: Processes, resume: str) -> dict[str
     store = CheckpointStore(directory / CHECKPOINTS, processes, recipe.train.keep_last)
     checkpoint = store.choose(resume)
     _check_belongs(checkpoint, recipe, stream)
-    with StopRequest(processes, directory / STOP_FILE) as stop:
-        engine = Engine(lambda: make_model(recipe, stream), recipe.train, resolved, processes)
-        state = _restore(engine, checkpoint, directory)
-        opened: list[Sinks] = []
-        resumed = checkpoint is not None
-        processes.from_rank_zero(
-            lambda: opened.append(_open_sinks(context, stream, state, resumed))
-        )
-        sinks = opened[0] if opened else Sinks()
-        try:
-            loop = Loop(engine, stream, recipe, store, sinks, stop, directory, state)
-            state = loop.run()
-            sinks.keep(directory / ADAPTER, stream.index.folder / INDEX)
-        finally:
-            sinks.close()
-            stream.close()
+    processes.at("the loading of the model")
+    engine = Engine(lambda: make_model(recipe, stream), recipe.train, resolved, processes)
+    state = _restore(engine, checkpoint, directory)
+    opened: list[Sinks] = []
+    resumed = checkpoint is not None
+    processes.from_rank_zero(lambda: opened.append(_open_sinks(context, stream, state, resumed)))
+    sinks = opened[0] if opened else Sinks()
+    try:
+        loop = Loop(engine, stream, recipe, store, sinks, stop, directory, state)
+        state = loop.run()
+        sinks.keep(directory / ADAPTER, stream.index.folder / INDEX)
+    finally:
+        sinks.close()
+        stream.close()
     if processes.first:
         write_json(directory / "best.json", _best(state))
         write_json(directory / "ds_config.json", resolved)
@@ -300,13 +308,16 @@ def _begin(attempt: StageRun, resume: str) -> None:
     if resume == "never":
         shutil.rmtree(directory)
         directory.mkdir()
-    (directory / STOP_FILE).unlink(missing_ok=True)
+    if runtime.launcher_process() is None:  # else it was removed there, and may be asked for by now
+        (directory / STOP_FILE).unlink(missing_ok=True)
+    shutil.rmtree(directory / RANKS, ignore_errors=True)
 
 
 def _commit(attempt: StageRun, counts: dict[str, Any]) -> Manifest:
     directory = attempt.directory
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-    for name in (STOP_FILE, _LAUNCHED):
+    for name in (CHECKPOINTS, RANKS):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for name in (STOP_FILE, _STOPPED, _LAUNCHED):
         (directory / name).unlink(missing_ok=True)
     manifest = attempt.commit(counts)
     folder = attempt.work.stage_dir("train")
@@ -318,6 +329,7 @@ def _launch(recipe: Recipe, attempt: StageRun, resume: str) -> int:
     """Start the ranks with the recipe as it is resolved here, and wait for them."""
     resolve_ds_config(recipe.train, recipe.train.num_processes)
     attempt.directory.mkdir(parents=True, exist_ok=True)
+    (attempt.directory / _STOPPED).unlink(missing_ok=True)
     path = attempt.directory / _LAUNCHED
     write_bytes(path, yaml.safe_dump(recipe.model_dump(mode="json")).encode())
     arguments = ["train", "--recipe", str(path), "--work-dir", str(attempt.work.root)]

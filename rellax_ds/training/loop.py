@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from rellax_ds import metrics, runtime
-from rellax_ds.errors import RellaxError
+from rellax_ds.errors import CheckpointError, RellaxError
 from rellax_ds.model import adapter_io
 from rellax_ds.redaction import redacted
 from rellax_ds.training.schedule import rate_factor, warmup_steps
@@ -86,7 +86,8 @@ class Loop:
         self.store, self.sinks, self.stop = store, sinks, stop
         self.directory, self.state, self.seed = directory, state, recipe.seed
         self.total = recipe.train.epochs * stream.steps_per_epoch
-        self.horizon = (recipe.train.schedule_epochs or recipe.train.epochs) * stream.steps_per_epoch
+        epochs = recipe.train.schedule_epochs or recipe.train.epochs
+        self.horizon = epochs * stream.steps_per_epoch
         self.warmup = warmup_steps(recipe.train.warmup, self.horizon)
         self.recipe = recipe
         processes = engine.processes
@@ -101,6 +102,7 @@ class Loop:
 
         Raises:
             StopTraining: A stop was asked for; a checkpoint of the last whole step is committed.
+            CheckpointError: No adapter could be written.
             RellaxError: `train.max_skips` steps in a row had a non-finite gradient.
         """
         while True:
@@ -108,6 +110,11 @@ class Loop:
                 self._score()
                 self._checkpoint_if_due()
             if self.state.step >= self.total or self._gave_up():
+                if self.state.best_step is None:
+                    raise CheckpointError(
+                        f"{self.directory / ADAPTER}: no adapter of this training could be "
+                        "written; make room and run the same command again"
+                    )
                 return self.state
             with self._progress() as progress:
                 while not self._score_due():
@@ -128,6 +135,7 @@ class Loop:
         factor = rate_factor(
             self.train.schedule, state.step - state.skipped, self.horizon, self.warmup
         )
+        self.engine.processes.at(f"step {state.step + 1}")
         self.engine.set_rate(factor)
         loss = tokens = 0.0
         for index, batch in self.throughput.batches(self.stream.micro_batches(state.step)):
@@ -156,6 +164,7 @@ class Loop:
 
     def _score(self) -> None:
         state = self.state
+        self.engine.processes.at(f"the valid score after step {state.step}")
         scores = score_split(
             self.engine, self.stream.valid(), self.stream.num_valid, self._leave_if_asked
         )
@@ -167,8 +176,9 @@ class Loop:
         if state.step == 0:
             state.untrained = found
         elif state.best_step is None or found["auc"] > state.best_auc:
-            state.best_step, state.best_auc, state.stale = state.step, found["auc"], 0
-            self._keep_adapter()
+            state.stale = 0
+            if self._keep_adapter():
+                state.best_step, state.best_auc = state.step, found["auc"]
         else:
             state.stale += 1
         self.sinks.write(
@@ -185,6 +195,7 @@ class Loop:
             )
 
     def _checkpoint(self) -> None:
+        self.engine.processes.at(f"the checkpoint of step {self.state.step}")
         self.store.save(
             self.engine,
             self.state.step,
@@ -193,19 +204,37 @@ class Loop:
             self.state.best_step,
         )
 
-    def _keep_adapter(self) -> None:
-        """Replace the best adapter by the current one; the gather comes before any file."""
+    def _keep_adapter(self) -> bool:
+        """Replace the best adapter by the current one; the gather comes before any file.
+
+        Returns:
+            Whether it was written; if not, the one before is still whole and remains the best.
+        """
         collected = adapter_io.collect(self.model)
 
-        def replace() -> None:
+        def replace() -> str | None:
             fresh, target = self.directory / f".{ADAPTER}", self.directory / ADAPTER
             shutil.rmtree(fresh, ignore_errors=True)
             assert collected is not None, "rank 0 holds what was gathered"
-            adapter_io.write(collected, fresh)
+            try:
+                adapter_io.write(collected, fresh)
+            except CheckpointError as error:
+                shutil.rmtree(fresh, ignore_errors=True)
+                return str(error)
             shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)
+            return None
 
-        self.engine.processes.from_rank_zero(replace)
+        failure = self.engine.processes.from_rank_zero(replace)
+        if failure is not None and self.engine.processes.first:
+            best = self.state.best_step
+            runtime.logger.warning(
+                "train: the adapter of step %d, the best so far, was not kept: %s; %s, training "
+                "goes on",
+                *(self.state.step, failure),
+                "none is kept yet" if best is None else f"that of step {best} stays",
+            )
+        return failure is None
 
     def _leave_if_asked(self) -> None:
         if not self.stop.agreed():

@@ -7,12 +7,12 @@ that receives a signal gives its ranks 30 seconds, while a file gives them all t
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
 from rellax_ds import runtime
+from rellax_ds.engine.watchdog import Launcher
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,7 +40,7 @@ class StopRequest:
         self.reason = ""
         self._processes = processes
         self._stop_file = stop_file
-        self._parent = os.getppid()
+        self._launcher = Launcher()
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -63,20 +63,6 @@ class StopRequest:
     def _asked(self) -> bool:
         if not self.reason and runtime.local_rank() == 0 and self._stop_file.exists():
             self.reason = f"{self._stop_file.name} file"
-        if not self.reason and runtime.launched() and self._orphaned():
+        if not self.reason and runtime.launched() and self._launcher.gone():
             self.reason = "loss of the launcher"
         return bool(self.reason)
-
-    def _orphaned(self) -> bool:
-        launcher = runtime.launcher_process()
-        return os.getppid() != self._parent or (launcher is not None and not _alive(launcher))
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -11,7 +11,9 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from rellax_ds import runtime
 from rellax_ds.artifacts import write_bytes
+from rellax_ds.errors import CheckpointError
 from rellax_ds.redaction import redacted
 
 if TYPE_CHECKING:
@@ -25,22 +27,49 @@ Record = dict[str, Any]
 
 
 class JsonlSink:
-    """One JSON object a line, flushed line by line; a non-finite number is written as null."""
+    """One JSON object a line, written line by line; a non-finite number is written as null.
+
+    What does not fit on a full disk is kept and written with a later record.
+    """
 
     def __init__(self, path: Path) -> None:
         """Append to `path`, which may exist."""
         self.path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""
+        self._warned = False
 
     def write(self, record: Record) -> None:
         """Append a record."""
         clean = {key: _finite(value) for key, value in redacted(record).items()}
-        self._file.write(json.dumps(clean, allow_nan=False) + "\n")
-        self._file.flush()
+        self._pending += json.dumps(clean, allow_nan=False).encode() + b"\n"
+        try:
+            self._drain()
+        except OSError as error:
+            if not self._warned:
+                runtime.logger.warning("%s: %s; its lines wait for room", self.path, error)
+            self._warned = True
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Write what is left and close the file.
+
+        Raises:
+            CheckpointError: There still is no room for it.
+        """
+        try:
+            self._drain()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: {error}, {len(self._pending)} bytes of the log are not written; "
+                "make room and run the same command again"
+            ) from error
+        finally:
+            self._file.close()
+
+    def _drain(self) -> None:
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
+        self._warned = False
 
 
 class Sinks:

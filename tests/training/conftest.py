@@ -12,6 +12,7 @@ import pytest
 import torch
 import webdataset
 from safetensors.numpy import save_file
+from trainings import train
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rellax_ds.artifacts import WorkDir, file_sha256
@@ -142,3 +143,15 @@ train:
 """
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def one_rank(recipe_file: Path, make_work: Callable[..., WorkDir]) -> WorkDir:
+    """The recipe trained on one rank, undisturbed."""
+    return train(recipe_file, make_work(), 1)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(recipe_file: Path, make_work: Callable[..., WorkDir]) -> WorkDir:
+    """The recipe trained on two ranks, undisturbed."""
+    return train(recipe_file, make_work(), 2)

@@ -2,95 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-
-from rellax_ds.training.throughput import FIELDS
+from trainings import (
+    adapter,
+    family_of,
+    finish,
+    ranks_of,
+    records,
+    said,
+    start,
+    train,
+    wait_for_checkpoint,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from rellax_ds.artifacts import WorkDir
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
-
-def start(recipe: Path, work: WorkDir, ranks: int, *flags: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(ROOT / "train.py"), "--recipe", str(recipe)]
-    command += ["--work-dir", str(work.root), "--set", f"train.num_processes={ranks}", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (work.root / "stderr").open("ab") as errors:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors
-        )
-
-
-def said(work: WorkDir) -> str:
-    return (work.root / "stderr").read_text()
-
-
-def finish(process: subprocess.Popen[bytes], work: WorkDir, status: int) -> None:
-    assert process.wait(timeout=240) == status, said(work)
-
-
-def train(recipe: Path, work: WorkDir, ranks: int, *flags: str) -> WorkDir:
-    finish(start(recipe, work, ranks, *flags), work, 0)
-    return work
-
-
-def wait_for_checkpoint(work: WorkDir, process: subprocess.Popen[bytes], step: int) -> None:
-    deadline = time.monotonic() + 200
-    while not any(
-        path.parent.name >= f"step-{step:08d}"
-        for path in work.root.glob(".running/6_train-*/checkpoints/step-*/manifest.json")
-    ):
-        assert process.poll() is None, said(work)
-        assert time.monotonic() < deadline, said(work)
-        time.sleep(0.005)
-
-
-def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    return [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "rellax_ds.cli" in child.cmdline() and not child.children()
-    ]
-
-
-def records(work: WorkDir) -> list[dict[str, Any]]:
-    """What the log says, less the speed."""
-    lines = (work.stage_dir("train") / "log.jsonl").read_text().splitlines()
-    return [
-        {key: value for key, value in json.loads(line).items() if key not in FIELDS}
-        for line in lines
-    ]
-
-
-def adapter(work: WorkDir) -> dict[str, bytes]:
-    folder = work.stage_dir("train") / "adapter"
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-
-
-@pytest.fixture(scope="module")
-def one_rank(recipe_file: Path, make_work: Callable[..., WorkDir]) -> WorkDir:
-    return train(recipe_file, make_work(), 1)
-
-
-@pytest.fixture(scope="module")
-def two_ranks(recipe_file: Path, make_work: Callable[..., WorkDir]) -> WorkDir:
-    return train(recipe_file, make_work(), 2)
 
 
 def test_training_on_two_ranks_equals_training_on_one(
@@ -128,7 +65,7 @@ def test_training_with_a_killed_rank_resumes_to_the_same_bits(
     work = make_work()
     process = start(recipe_file, work, 2)
     wait_for_checkpoint(work, process, 3)
-    family = psutil.Process(process.pid).children(recursive=True)
+    family = family_of(process)
     ranks = ranks_of(process)
     assert len(ranks) == 2
     ranks[1].kill()

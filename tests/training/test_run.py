@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import resource
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,10 +13,11 @@ from safetensors.torch import load_file
 
 from rellax_ds.config import load_recipe
 from rellax_ds.errors import CheckpointError, ConfigError, RellaxError
+from rellax_ds.model import adapter_io
 from rellax_ds.stages.train import run_train
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Container
     from pathlib import Path
 
     from rellax_ds.artifacts import WorkDir
@@ -113,3 +115,56 @@ def test_ranks_that_cannot_share_the_batch_are_refused_before_any_is_started(
     with pytest.raises(ConfigError, match="number of ranks can be 1, 2"):
         run_train(load_recipe(recipe_file, ["train.num_processes=3"]), work)
     assert not work.root.joinpath(".running").exists()
+
+
+@pytest.fixture
+def fill_disk_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[Container[int]], None]:
+    """The n-th times the best adapter is written, files may not grow beyond 100 bytes."""
+
+    def choose(times: Container[int]) -> None:
+        write, count = adapter_io.write, itertools.count(1)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def write_with_little_room(state: adapter_io.AdapterState, folder: Path) -> None:
+            size = 100 if next(count) in times else limits[0]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            try:
+                write(state, folder)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+        monkeypatch.setattr(adapter_io, "write", write_with_little_room)
+
+    return choose
+
+
+def test_best_adapter_that_cannot_be_written_leaves_the_one_before_and_training_goes_on(
+    recipe_file: Path,
+    make_work: Callable[..., WorkDir],
+    caplog: pytest.LogCaptureFixture,
+    fill_disk_at: Callable[[Container[int]], None],
+) -> None:
+    fill_disk_at({2})
+    work = make_work()
+    manifest = run_train(load_recipe(recipe_file), work)
+    folder = work.stage_dir("train")
+    scores = records(folder, "valid")[1:]
+    assert [s["step"] for s in scores] == [3, 6, 9, 12]
+    assert scores[1]["auc"] > scores[0]["auc"], "the made-up run must improve"
+    assert [s["best_step"] for s in scores] == [3, 3, 9, 12]
+    assert "the adapter of step 6, the best so far, was not kept" in caplog.text
+    assert "that of step 3 stays" in caplog.text
+    assert manifest.counts["step"] == 12
+    assert not (folder / ".adapter").exists()
+
+
+def test_training_without_room_for_any_adapter_fails_and_says_so(
+    recipe_file: Path,
+    make_work: Callable[..., WorkDir],
+    fill_disk_at: Callable[[Container[int]], None],
+) -> None:
+    fill_disk_at(range(100))
+    work = make_work()
+    with pytest.raises(CheckpointError, match="no adapter of this training could be written"):
+        run_train(load_recipe(recipe_file, ["train.epochs=1"]), work)
+    assert work.manifest("train") is None

@@ -1,0 +1,250 @@
+"""A training killed again and again, at random moments, and resumed by the same command each time.
+
+A tiny run is trained once undisturbed and once under SIGKILL: of a rank, of DeepSpeed's inner
+launcher or of the command itself, during the start, between steps and in the middle of a save. A
+kill is survived when the next start continues from the newest checkpoint that was published before
+it. In the end the log must hold every step once, with the undisturbed run's figures, and the
+adapter must equal the undisturbed run's to the bit.
+
+Figures end the output, one a line: FIGURE name value.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.report import Report, parser
+from rellax_ds import runtime
+from rellax_ds.artifacts import WorkDir
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS_PER_EPOCH = 6
+STEPS_PER_KILL = 4
+LIMIT = 300.0
+POLL = 0.01
+MOMENTS = ("start", "step", "step", "save", "save")
+"""What a kill is aimed at; steps and saves are the more frequent."""
+
+
+@dataclass
+class Soak:
+    """One training under kills.
+
+    Attributes:
+        work: Its run folder; stages 1 to 5 are committed.
+        recipe: The recipe.
+        ranks: Ranks of every start.
+        random: Chooses moments and victims.
+        page: Takes the checks.
+        rows: Moment, victim, newest step before the kill, where the next start continued, survived.
+    """
+
+    work: WorkDir
+    recipe: Path
+    ranks: int
+    random: random.Random
+    page: Report
+    rows: list[list[object]] = field(default_factory=list)
+    attempt: int = 0
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the command in a session of its own, its output in a file of its own."""
+        self.attempt += 1
+        flags = ["--recipe", str(self.recipe), "--work-dir", str(self.work.root)]
+        flags += ["--set", f"train.num_processes={self.ranks}"]
+        environment = runtime.child_environment(
+            {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        )
+        with self.output.open("wb") as output:
+            return subprocess.Popen(
+                [sys.executable, str(ROOT / "train.py"), *flags],
+                cwd=self.recipe.parent,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> Path:
+        """What the latest start said."""
+        return self.work.root / f"output-{self.attempt}"
+
+    def published(self) -> int:
+        """Step of the newest published checkpoint; 0 without one."""
+        found = self.work.root.glob(".running/6_train-*/checkpoints/step-*/manifest.json")
+        return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
+
+    def finish(self) -> None:
+        """Run to the end, undisturbed."""
+        process = self.start()
+        self._note_resume(process)
+        status = process.wait(timeout=LIMIT)
+        self.page.check(status == 0, f"exit status {status}: {self.said()}")
+
+    def said(self) -> str:
+        """End of what the latest start said."""
+        return self.output.read_text(errors="replace")[-600:]
+
+    def kill(self) -> bool:
+        """Start, kill at a random moment; False when the training ended before."""
+        moment, delay = self.random.choice(MOMENTS), self.random.random()
+        more, before = self.random.randrange(3), self.published()
+        process = self.start()
+        self._note_resume(process)
+        deadline = time.monotonic() + LIMIT
+        if moment == "start":
+            time.sleep(8 * delay)
+        while moment != "start" and process.poll() is None and time.monotonic() < deadline:
+            staged = any(self.work.root.glob(".running/6_train-*/checkpoints/.staging-*/*"))
+            if self.published() > before + more and (moment == "step" or staged):
+                break
+            time.sleep(POLL)
+        time.sleep(delay * (0.3 if moment == "step" else 0.01))
+        newest, victim = self.published(), self._strike(process)
+        if victim is None:
+            return False
+        self.rows.append([moment, victim, newest, "", "yes"])
+        return True
+
+    def _strike(self, process: subprocess.Popen[bytes]) -> str | None:
+        """SIGKILL a victim and wait until nothing of this start is left."""
+        family = [psutil.Process(process.pid)] if process.poll() is None else []
+        family += [child for p in family for child in p.children(recursive=True)]
+        if not family:
+            return None
+        ranks = [p for p in family if _runs(p, "rellax_ds.cli") and not _runs(p, "launch")]
+        launchers = [p for p in family if _runs(p, "deepspeed.launcher.launch")]
+        victims = {"command": family[:1], "rank": ranks, "inner launcher": launchers}
+        name = self.random.choice([name for name, found in victims.items() if found])
+        self.random.choice(victims[name]).kill()
+        process.wait(timeout=LIMIT)
+        _, left = psutil.wait_procs(family, timeout=40)
+        self.page.check(not left, f"processes outlive a killed {name}: {left}")
+        for straggler in left:
+            straggler.kill()
+        return name
+
+    def _note_resume(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until the start after a kill says where it continues, and judge that kill."""
+        if not self.rows or self.rows[-1][2] == 0:
+            return
+        row, found, deadline = self.rows[-1], None, time.monotonic() + LIMIT
+        while found is None and process.poll() is None and time.monotonic() < deadline:
+            found = re.search(r"continues from .*step-(\d+)", self.output.read_text())
+            time.sleep(POLL)
+        row[3] = int(found[1]) if found else "nowhere"
+        survived = isinstance(row[3], int) and row[3] >= row[2]
+        row[4] = "yes" if survived else "no"
+        self.page.check(survived, f"kill {len(self.rows)}: {row}: {self.said()}")
+
+
+def _runs(process: psutil.Process, module: str) -> bool:
+    try:
+        return any(module in word for word in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def prepare(folder: Path, kills: int) -> tuple[Path, WorkDir]:
+    """A recipe with enough steps for the kills, and a run folder with stages 1 to 5."""
+    from rellax_ds.testing import tiny_recipe
+
+    recipe = tiny_recipe(
+        folder,
+        train={
+            "epochs": max(2, math.ceil(kills * STEPS_PER_KILL / STEPS_PER_EPOCH)),
+            "eval_every": STEPS_PER_EPOCH,
+            "checkpoint_every": 1,
+        },
+    )
+    work = WorkDir(folder / "prepared")
+    command = [sys.executable, "-m", "rellax_ds.cli", "run", "--until", "shards"]
+    command += ["--recipe", str(recipe), "--work-dir", str(work.root)]
+    environment = runtime.child_environment({"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    return recipe, work
+
+
+def figures_of(work: WorkDir) -> list[dict[str, Any]]:
+    """The log's records, less the speed."""
+    lines = (work.stage_dir("train") / "log.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if "per_second" not in key}
+        for line in lines
+    ]
+
+
+def adapter_of(work: WorkDir) -> dict[str, bytes]:
+    """The adapter's tensors as they lie on the disk."""
+    folder = work.stage_dir("train") / "adapter"
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def compare(page: Report, calm: WorkDir, killed: WorkDir) -> None:
+    """Record whether the killed run equals the undisturbed one."""
+    expected, found = figures_of(calm), figures_of(killed)
+    steps = [record["step"] for record in found if record["event"] == "step"]
+    page.check(steps == list(range(1, len(steps) + 1)), "a step is lost or doubled in the log")
+    page.check(found == expected, "the log's figures differ from the undisturbed run's")
+    page.check(
+        adapter_of(killed) == adapter_of(calm) != {}, "the adapter differs from the undisturbed one"
+    )
+
+
+def main() -> int:
+    """Soak; 1 when a kill lost or changed something."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--kills", type=int, default=50)
+    arguments.add_argument("--ranks", type=int, default=1)
+    arguments.add_argument("--seed", type=int, default=int(time.time()))
+    options = arguments.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is cleared
+    page = Report("soak")
+    print(f"seed {options.seed}", flush=True)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="rellax-soak-") as name:
+        recipe, prepared = prepare(Path(name), options.kills)
+        works = [WorkDir(Path(name) / run) for run in ("calm", "killed")]
+        for work in works:
+            shutil.copytree(prepared.root, work.root)
+        chance = random.Random(options.seed)
+        calm, soak = (Soak(work, recipe, options.ranks, chance, page) for work in works)
+        calm.finish()
+        print(f"undisturbed: {time.monotonic() - start:.0f} s", flush=True)
+        while len(soak.rows) < options.kills and not page.failures and soak.kill():
+            print(f"{time.monotonic() - start:.0f} s: kill {len(soak.rows)}", flush=True)
+        page.check(len(soak.rows) >= options.kills, f"the run ended after {len(soak.rows)} kills")
+        if not page.failures:
+            soak.finish()
+        if not page.failures:
+            compare(page, *works)
+    survived = 0 if page.failures else sum(row[4] == "yes" for row in soak.rows)
+    page.figures = {
+        "kills_tried": len(soak.rows),
+        "kills_survived": survived,
+        "soak_minutes": (time.monotonic() - start) / 60,
+    }
+    page.body.append(f"Seed {options.seed}, {options.ranks} ranks, {os.cpu_count()} cores.")
+    header = ["aimed at", "killed", "newest checkpoint", "continued from", "survived"]
+    page.table(header, soak.rows)
+    return page.finish(options.report)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-HOST = frozenset({"lengths"})
+HOST = frozenset({"lengths", "users"})
 """Fields that stay on the CPU."""
 
 
@@ -25,6 +25,7 @@ class Batch:
 
     Attributes:
         sample_ids: int64 [B], row numbers of `samples`.
+        users: int64 [B], user of each sample; on the CPU, for metrics within users.
         input_ids: int64 [T], the prompts one after the other.
         lengths: int64 [B], tokens of each prompt, sum T; on the CPU on every device, because it is
             the host that cuts by it.
@@ -39,6 +40,7 @@ class Batch:
     """
 
     sample_ids: torch.Tensor
+    users: torch.Tensor
     input_ids: torch.Tensor
     lengths: torch.Tensor
     slot_positions: torch.Tensor

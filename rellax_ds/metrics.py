@@ -1,4 +1,4 @@
-"""AUC, GAUC, LogLoss, accuracy and calibration error of scores given as logits.
+"""AUC, GAUC, NDCG, LogLoss, accuracy and calibration error of scores given as logits.
 
 Everything is exact and in float64: ranks with ties shared, LogLoss from logits without a clipped
 probability, no dependency beyond numpy. A NaN, a missing row or a split with one class is an error,
@@ -105,6 +105,43 @@ def user_auc(
     pairs = positives * (rows - positives)
     wins = rank_sums - positives * (positives + 1) / 2
     return np.divide(wins, pairs, out=np.full_like(pairs, np.nan), where=pairs > 0), rows
+
+
+def ndcg(users: ArrayLike, labels: ArrayLike, logits: ArrayLike, k: int = 10) -> float:
+    """Mean NDCG@k of the users' own scored rows, with binary gains and discount 1 / log2(1 + rank).
+
+    Rows with equal scores share the mean gain of their places (McSherry and Najork 2008), so their
+    order does not matter. Users without a positive have no NDCG and are left out.
+
+    Args:
+        users: User of each row, [N] integers.
+        labels: 0 or 1, [N].
+        logits: Scores, [N].
+        k: Places that count.
+
+    Raises:
+        TableError: As `auc`; also when no user has a positive.
+    """
+    y, scores = _checked(labels, logits)
+    groups = np.asarray(users)
+    if groups.shape != y.shape:
+        raise TableError(
+            f"ndcg: {groups.size} users for {y.size} labels; pass one user for each scored row"
+        )
+    _, group = np.unique(groups, return_inverse=True)
+    order = np.lexsort((-scores, group))
+    group, y, scores = group[order], y[order], scores[order]
+    new_group = np.r_[True, group[1:] != group[:-1]]
+    place = np.arange(y.size) - np.flatnonzero(new_group)[group]
+    discount = np.where(place < k, 1.0 / np.log2(place + 2.0), 0.0)
+    tie = np.cumsum(new_group | np.r_[True, scores[1:] != scores[:-1]]) - 1
+    gain = (np.bincount(tie, weights=y) / np.bincount(tie))[tie]
+    found = np.bincount(group, weights=discount * gain)
+    positives = np.bincount(group, weights=y).astype(np.int64)
+    best = np.r_[0.0, np.cumsum(1.0 / np.log2(np.arange(k) + 2.0))][np.minimum(positives, k)]
+    if not positives.any():
+        raise TableError(f"ndcg: none of {positives.size} users has a positive; score more rows")
+    return float(np.mean(found[positives > 0] / best[positives > 0]))
 
 
 def log_loss(labels: ArrayLike, logits: ArrayLike) -> float:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss as sklearn_log_loss
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import ndcg_score, roc_auc_score
 
 from rellax_ds import metrics
 from rellax_ds.errors import TableError
@@ -96,6 +96,30 @@ def test_auc_of_unusable_rows_is_one_clear_line(
         metrics.auc(labels, scores)
     assert isinstance(caught.value, TableError)
     assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12))
+def test_ndcg_equals_the_tie_aware_one_of_scikit_learn(seed: int, k: int) -> None:
+    random = np.random.default_rng(seed)
+    users, labels = random.integers(0, 5, 60), random.integers(0, 2, 60)
+    logits = random.integers(0, 6, 60).astype(float)
+    each = []
+    for user in np.unique(users):
+        y, scores = labels[users == user], logits[users == user]
+        if not y.any():
+            continue
+        if len(y) == 1:
+            each.append(1.0)  # scikit-learn wants two rows
+            continue
+        each.append(ndcg_score([y], [scores], k=k))
+    if each:
+        assert metrics.ndcg(users, labels, logits, k) == pytest.approx(np.mean(each), abs=1e-12)
+
+
+def test_ndcg_without_a_positive_is_refused() -> None:
+    with pytest.raises(TableError, match="none of 2 users has a positive"):
+        metrics.ndcg([1, 2, 2], [0, 0, 0], [0.0, 1.0, 2.0])
 
 
 def test_gauc_with_another_number_of_users_is_refused() -> None:

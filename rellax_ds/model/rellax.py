@@ -97,6 +97,7 @@ class ReLLaX(nn.Module):
         self,
         *,
         sample_ids: torch.Tensor | None = None,
+        users: torch.Tensor | None = None,
         input_ids: torch.Tensor,
         lengths: torch.Tensor,
         slot_positions: torch.Tensor,

@@ -58,7 +58,7 @@ class Plan:
         cuda: Whether the ranks are taken to compute on GPUs.
         micro_batch: Prompts of one forward pass.
         accumulation: Micro-batches of a rank in one step.
-        tokens: Tokens of the longest micro-batch, with its padding.
+        tokens: Tokens of the longest micro-batch at most.
         tokens_exact: Whether that was counted in committed shards.
         shape: Parameters and widths.
         terms: Memory of a rank.

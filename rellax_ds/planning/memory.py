@@ -5,8 +5,8 @@ state) is arithmetic on the parameters and is checked against a real engine by
 `benchmarks.zero_memory`; activations, the gather window and the context are predictions.
 docs/planning.md lists which is which and where each formula comes from.
 
-Legend: N ranks, e bytes of an element in the training's precision, T tokens of a micro-batch with
-its padding.
+Legend: N ranks, e bytes of an element in the training's precision, T tokens of a micro-batch at
+most.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def _memory(plan: Plan, gpu_memory: float | None) -> str:
     lines = [
         _table(rows),
         f"  micro-batch of {plan.micro_batch} x {plan.accumulation} accumulated, "
-        f"{plan.tokens:,} tokens with padding ({known})",
+        f"at most {plan.tokens:,} tokens ({known})",
         f"  largest single gather {size(plan.largest_fetch)}",
     ]
     if used:

@@ -61,6 +61,7 @@ class Collator:
         weights /= np.bincount(rows, weights)[rows]
         return Batch(
             sample_ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
+            users=torch.tensor([sample.facts["user"] for sample in samples], dtype=torch.int64),
             input_ids=torch.from_numpy(input_ids.astype(np.int64)),
             lengths=torch.from_numpy(lengths),
             slot_positions=torch.from_numpy(slot_positions),

@@ -13,6 +13,7 @@ hang_timeout and wandb. The DeepSpeed JSON counts by content, not by path.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -148,6 +149,9 @@ def _train(
 
     recipe, directory = context.recipe, context.directory
     resolved = resolve_ds_config(recipe.train, processes.world_size)
+    processes.from_rank_zero(lambda: write_json(directory / "ds_config.json", resolved))
+    if processes.first:
+        runtime.logger.info("train: DeepSpeed takes %s", json.dumps(resolved))
     stream = PromptStream(context.input("shards"), recipe, processes.rank, processes.world_size)
     processes.from_rank_zero(stream.verify)
     store = CheckpointStore(directory / CHECKPOINTS, processes, recipe.train.keep_last)
@@ -169,7 +173,6 @@ def _train(
         stream.close()
     if processes.first:
         write_json(directory / "best.json", _best(state))
-        write_json(directory / "ds_config.json", resolved)
     trained = sum(_numel(p) for p in engine.trainable.values())
     engine.close()
     return _best(state) | {

@@ -6,7 +6,7 @@ trace in the metric; what is gathered is sorted by id before anything is compute
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,25 +29,33 @@ class Scores:
 
     Attributes:
         ids: Sample ids, ascending, int64 [N].
+        users: int64 [N].
         labels: 0 or 1, float64 [N].
         logits: Yes minus no, float64 [N].
     """
 
     ids: npt.NDArray[np.int64]
+    users: npt.NDArray[np.int64]
     labels: npt.NDArray[np.float64]
     logits: npt.NDArray[np.float64]
 
     def shifted(self, by: float) -> Scores:
         """The same scores with `by` subtracted from every logit."""
-        return Scores(self.ids, self.labels, self.logits - by)
+        return replace(self, logits=self.logits - by)
 
     def metrics(self) -> dict[str, float]:
-        """AUC, log loss and accuracy over all samples."""
-        return {
+        """AUC, log loss and accuracy over all samples; GAUC and NDCG@10 within users, where any
+        user has rows of both labels.
+        """
+        found = {
             "auc": metrics.auc(self.labels, self.logits),
             "log_loss": metrics.log_loss(self.labels, self.logits),
             "accuracy": metrics.accuracy(self.labels, self.logits),
+            "ndcg_10": metrics.ndcg(self.users, self.labels, self.logits),
         }
+        if not np.isnan(metrics.user_auc(self.users, self.labels, self.logits)[0]).all():
+            found["gauc"] = metrics.gauc(self.users, self.labels, self.logits).value
+        return found
 
 
 def score_split(
@@ -74,11 +82,11 @@ def score_split(
             before_batch()
             logits = engine.score(batch)
             if not repeated:
-                ids, labels = batch.sample_ids.numpy(), batch.labels.numpy()
-                rows.append(np.stack([ids, labels, logits.numpy()], axis=1, dtype=np.float64))
+                columns = (batch.sample_ids, batch.users, batch.labels, logits)
+                rows.append(np.stack([c.numpy() for c in columns], axis=1, dtype=np.float64))
             scored = batch.size * engine.processes.world_size
             progress.advance(min(scored, num_samples - progress.done))
-    local = np.concatenate(rows) if rows else np.zeros((0, 3))
+    local = np.concatenate(rows) if rows else np.zeros((0, 4))
     table = np.concatenate(engine.processes.gather(local))
     ids, first = np.unique(table[:, 0], return_index=True)
     if not len(ids) == len(table) == num_samples:
@@ -86,4 +94,5 @@ def score_split(
             f"valid: {num_samples} samples gave {len(table)} scores of {len(ids)} distinct ones; "
             "rebuild the shards with `rellax shards`"
         )
-    return Scores(ids.astype(np.int64), table[first, 1], table[first, 2])
+    users = table[first, 1].astype(np.int64)
+    return Scores(ids.astype(np.int64), users, table[first, 2], table[first, 3])

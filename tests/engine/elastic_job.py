@@ -11,11 +11,9 @@ of step 1.
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import socket
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # slow imports,
 import torch
 import transformers.integrations  # noqa: F401
 from engine_model import ROOT, Rows, make_model
+from ranks import run_ranks
 
 from rellax_ds.config import TrainConfig
 from rellax_ds.engine import elastic
@@ -71,42 +70,17 @@ def run(task: list[Any], folder: Path, processes: Processes) -> None:
     engine.close()
 
 
-def fork(rank: int, ranks: int, port: int, tasks: list[list[Any]], folder: Path) -> int:
-    child = os.fork()
-    if child:
-        return child
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    status = 1
-    try:
-        processes = start_processes()
-        for task in tasks:
-            run(task, folder, processes)
-        processes.close()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+def run_all(tasks: list[list[Any]], folder: Path) -> None:
+    processes = start_processes()
+    for task in tasks:
+        run(task, folder, processes)
+    processes.close()
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     for ranks, tasks in json.loads(sys.argv[2]):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        children = [fork(rank, ranks, port, tasks, folder) for rank in range(ranks)]
-        statuses = [os.waitpid(child, 0)[1] for child in children]
-        if any(statuses):
-            sys.exit(1)
+        run_ranks(ranks, functools.partial(run_all, tasks, folder))
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ def made_batch() -> Batch:
     slot_vectors[2] = 0.0
     return Batch(
         sample_ids=torch.arange(3),
+        users=torch.tensor([0, 0, 1]),
         input_ids=torch.randint(20, VOCABULARY, (21,), generator=generator),
         lengths=lengths,
         slot_positions=torch.tensor([2, 7 + 1, 7 + 6, 17 + 3]),

@@ -43,6 +43,7 @@ def take(batch: Batch, row: int) -> Batch:
     return replace(
         batch,
         sample_ids=batch.sample_ids[[row]],
+        users=batch.users[[row]],
         input_ids=batch.input_ids[start:stop],
         lengths=batch.lengths[[row]],
         slot_positions=batch.slot_positions[slots] - start,

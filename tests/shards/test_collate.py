@@ -47,6 +47,7 @@ def test_collate_equals_a_sample_by_sample_reading(shards: Path, weight: float) 
     assert batch.target_index.tolist() == targets
     assert batch.labels.tolist() == [sample.label for sample in samples]
     assert batch.sample_ids.tolist() == [sample.id for sample in samples]
+    assert batch.users.tolist() == [sample.facts["user"] for sample in samples]
     np.testing.assert_array_equal(batch.instance.numpy(), [sample.instance for sample in samples])
 
 
@@ -60,7 +61,7 @@ def test_collate_gives_the_types_the_batch_promises(shards: Path) -> None:
         "answer_labels",
         "answer_weights",
     }
-    assert len(whole) == 6
+    assert len(whole) == 7
     assert batch.slot_vectors.shape == (len(batch.slot_positions), reader.index.item_width)
     assert batch.instance.shape == (1, reader.index.instance_width)
 

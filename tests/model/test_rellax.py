@@ -273,3 +273,20 @@ def test_answer_ids_outside_the_vocabulary_are_refused(
 def test_backbone_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot load a causal LM"):
         load_backbone(f"{tmp_path}/absent")
+
+
+def test_four_bit_backbone_trains_its_adapters(build: Callable[..., ReLLaX], batch: Batch) -> None:
+    pytest.importorskip("bitsandbytes")
+    model, whole = build(quantization="nf4").train(), build().train()
+    assert type(model.backbone.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    loss, _ = model(**batch.tensors())
+    torch.testing.assert_close(loss, whole(**batch.tensors())[0], rtol=0, atol=0.5)
+    assert all(float(g.abs().max()) > 0 for g in gradients_of(model, batch).values())
+
+
+def test_four_bit_backbone_without_bitsandbytes_names_the_extra(
+    build: Callable[..., ReLLaX], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rellax_ds.model.backbone.importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match=r"rellax-ds\[quant\]"):
+        build(quantization="nf4")

@@ -54,6 +54,35 @@ def test_schedule_does_not_advance_over_skipped_steps(
     assert [r["rate"] for r in steps[1:]] == pytest.approx(expected)
 
 
+def test_schedule_of_five_epochs_falls_by_its_share_in_one(
+    recipe_file: Path, make_work: Callable[..., WorkDir]
+) -> None:
+    work = make_work()
+    stretched = ["train.epochs=1", "train.schedule_epochs=5", "train.warmup=0"]
+    run_train(load_recipe(recipe_file, stretched), work)
+    rates = [r["rate"] for r in records(work.stage_dir("train"), "step")]
+    assert rates == pytest.approx([1 - step / 15 for step in range(3)])
+    with pytest.raises(ConfigError, match="schedule_epochs 3 is less than epochs 4"):
+        load_recipe(recipe_file, ["train.schedule_epochs=3"])
+
+
+def test_cuts_of_one_global_batch_into_micro_batches_train_the_same(
+    recipe_file: Path, make_work: Callable[..., WorkDir]
+) -> None:
+    losses, weights = [], []
+    for micro_batch in (8, 4, 1):
+        work = make_work()
+        cut = [f"train.micro_batch={micro_batch}", "model.dropout=0", "train.epochs=2"]
+        run_train(load_recipe(recipe_file, cut), work)
+        folder = work.stage_dir("train")
+        losses.append([r["loss"] for r in records(folder, "step")])
+        weights.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
+    for loss, weight in zip(losses[1:], weights[1:], strict=True):
+        assert loss == pytest.approx(losses[0], abs=1e-6)
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(weight[name], tensor, rtol=0, atol=1e-5)
+
+
 def test_flat_valid_score_stops_early_and_the_first_adapter_stays(
     recipe_file: Path, make_work: Callable[..., WorkDir]
 ) -> None:

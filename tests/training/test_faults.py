@@ -123,6 +123,7 @@ def equal(work: WorkDir, undisturbed: WorkDir) -> bool:
     return records(work) == records(undisturbed) and adapter(work) == adapter(undisturbed)
 
 
+@pytest.mark.slow_soak
 @pytest.mark.timeout(600)
 def test_training_stopped_again_and_again_by_sigterm_gives_the_same_bits(
     recipe_file: Path, make_work: Callable[..., WorkDir], two_ranks: WorkDir

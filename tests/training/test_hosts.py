@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HANG_TIMEOUT = 30
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow_soak]
 
 
 def ip(*words: str) -> None:

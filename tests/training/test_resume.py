@@ -78,6 +78,7 @@ def test_training_with_a_killed_rank_resumes_to_the_same_bits(
     assert adapter(work) == adapter(two_ranks)
 
 
+@pytest.mark.slow_soak
 def test_training_of_two_ranks_stopped_by_ctrl_c_continues_on_one(
     recipe_file: Path, make_work: Callable[..., WorkDir], one_rank: WorkDir
 ) -> None:

@@ -247,7 +247,11 @@ def copy_in_a_process(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("server", ["down", "hangs", "refuses"], indirect=True)
+@pytest.mark.parametrize(
+    "server",
+    ["down", *(pytest.param(kind, marks=pytest.mark.slow_soak) for kind in ("hangs", "refuses"))],
+    indirect=True,
+)
 def test_real_wandb_that_cannot_be_reached_costs_a_warning(server: str, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     start = time.monotonic()

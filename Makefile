@@ -4,6 +4,7 @@
 PYTHON ?= python3
 RECIPE ?= ml100k_demo
 BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test setup clean
@@ -13,11 +14,13 @@ demo: .venv/ready
 	$(BIN)/rellax assets --recipe $(RECIPE)
 	$(BIN)/rellax run --recipe $(RECIPE)
 
+# Tests of one process share two workers; those that start several, or Ray, have the machine to themselves.
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(PYTEST) --numprocesses 2 --dist loadfile -m "not (distributed or ray or slow_soak)"
+	$(PYTEST) -m "(distributed or ray) and not slow_soak"
 
 setup: .venv/ready
 

@@ -6,6 +6,9 @@ kill is survived when the next start continues from the newest checkpoint that w
 it. In the end the log must hold every step once, with the undisturbed run's figures, and the
 adapter must equal the undisturbed run's to the bit.
 
+With one rank a start is forked from this process, which has imported what the command imports: that
+is most of a start, and 50 of them fit into minutes. With more the whole command is started anew.
+
 Figures end the output, one a line: FIGURE name value.
 """
 
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ import psutil
 from benchmarks.report import Report, parser
 from rellax_ds import runtime
 from rellax_ds.artifacts import WorkDir
+from rellax_ds.training.throughput import FIELDS
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS_PER_EPOCH = 6
@@ -62,11 +67,13 @@ class Soak:
     rows: list[list[object]] = field(default_factory=list)
     attempt: int = 0
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> subprocess.Popen[bytes] | Forked:
         """Start the command in a session of its own, its output in a file of its own."""
         self.attempt += 1
         flags = ["--recipe", str(self.recipe), "--work-dir", str(self.work.root)]
         flags += ["--set", f"train.num_processes={self.ranks}"]
+        if self.ranks == 1:
+            return Forked(["rellax", "train", *flags], self.output)
         environment = runtime.child_environment(
             {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         )
@@ -109,7 +116,7 @@ class Soak:
         self._note_resume(process)
         deadline = time.monotonic() + LIMIT
         if moment == "start":
-            time.sleep(8 * delay)
+            time.sleep((2 if self.ranks == 1 else 8) * delay)
         while moment != "start" and process.poll() is None and time.monotonic() < deadline:
             staged = any(self.work.root.glob(".running/6_train-*/checkpoints/.staging-*/*"))
             if self.published() > before + more and (moment == "step" or staged):
@@ -122,7 +129,7 @@ class Soak:
         self.rows.append([moment, victim, newest, "", "yes"])
         return True
 
-    def _strike(self, process: subprocess.Popen[bytes]) -> str | None:
+    def _strike(self, process: subprocess.Popen[bytes] | Forked) -> str | None:
         """SIGKILL a victim and wait until nothing of this start is left."""
         family = [psutil.Process(process.pid)] if process.poll() is None else []
         family += [child for p in family for child in p.children(recursive=True)]
@@ -140,7 +147,7 @@ class Soak:
             straggler.kill()
         return name
 
-    def _note_resume(self, process: subprocess.Popen[bytes]) -> None:
+    def _note_resume(self, process: subprocess.Popen[bytes] | Forked) -> None:
         """Wait until the start after a kill says where it continues, and judge that kill."""
         if not self.rows or self.rows[-1][2] == 0:
             return
@@ -152,6 +159,73 @@ class Soak:
         survived = isinstance(row[3], int) and row[3] >= row[2]
         row[4] = "yes" if survived else "no"
         self.page.check(survived, f"kill {len(self.rows)}: {row}: {self.said()}")
+
+
+class Forked:
+    """A `rellax` command in a process forked from this one; as much of `Popen` as is needed."""
+
+    def __init__(self, argv: list[str], output: Path) -> None:
+        """Begin it, in a session of its own, its output in a file."""
+        self._status: int | None = None
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self.pid = os.fork()
+        if not self.pid:
+            self._run(argv, file)
+        os.close(file)
+
+    def poll(self) -> int | None:
+        """Exit status, None while it runs."""
+        if self._status is None:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if found else None
+        return self._status
+
+    def wait(self, timeout: float) -> int:
+        """Exit status once it has one.
+
+        Raises:
+            TimeoutError: It runs on.
+        """
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"process {self.pid} runs on")
+            time.sleep(POLL)
+        assert self._status is not None
+        return self._status
+
+    def _run(self, argv: list[str], file: int) -> None:
+        from rellax_ds.cli import main as command
+
+        status: Any = 1
+        try:
+            os.setsid()
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            sys.argv = argv
+            command()
+            status = 0
+        except SystemExit as left:
+            status = left.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status if isinstance(status, int) else 1)
+
+
+def warm() -> None:
+    """Import what a start imports, without starting a thread or a process group."""
+    runtime.prepare_engine(cuda=False)
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # torch's compiler with it
+    import peft  # noqa: F401
+    import transformers.integrations  # noqa: F401
+
+    import rellax_ds.cli
+    import rellax_ds.model.rellax
+    import rellax_ds.stages.train  # noqa: F401
 
 
 def _runs(process: psutil.Process, module: str) -> bool:
@@ -185,7 +259,7 @@ def figures_of(work: WorkDir) -> list[dict[str, Any]]:
     """The log's records, less the speed."""
     lines = (work.stage_dir("train") / "log.jsonl").read_text().splitlines()
     return [
-        {key: value for key, value in json.loads(line).items() if "per_second" not in key}
+        {key: value for key, value in json.loads(line).items() if key not in FIELDS}
         for line in lines
     ]
 
@@ -215,6 +289,8 @@ def main() -> int:
     arguments.add_argument("--seed", type=int, default=int(time.time()))
     options = arguments.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is cleared
+    if options.ranks == 1:
+        warm()
     page = Report("soak")
     print(f"seed {options.seed}", flush=True)
     start = time.monotonic()

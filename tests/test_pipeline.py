@@ -133,6 +133,7 @@ def test_jobs_api_without_the_clusters_token_is_refused(head: str, token: str | 
     assert refused.value.code in {401, 403}
 
 
+@pytest.mark.slow_soak
 def test_data_path_without_a_cluster_gives_the_same_bytes(
     submitted: WorkDir, recipe: Path, tmp_path: Path
 ) -> None:

@@ -129,19 +129,20 @@ def made_batch(recipe: Recipe, tokens: int) -> Batch:
     rows, items = recipe.train.micro_batch, recipe.shards.history_length + 1
     answers = items if recipe.train.history_weight else 1
     places = torch.linspace(1, tokens - 1, items).long()
+    starts = torch.arange(rows)[:, None] * tokens
     torch.manual_seed(0)
     weights = torch.full((rows, answers), recipe.train.history_weight)
     weights[:, -1] = 1.0
+    weights /= weights.sum(1, keepdim=True)
     return Batch(
         sample_ids=torch.arange(rows),
-        input_ids=torch.randint(20, 60, (rows, tokens)),
-        attention_mask=torch.ones(rows, tokens, dtype=torch.int64),
-        slot_rows=torch.arange(rows).repeat_interleave(items),
-        slot_positions=places.repeat(rows),
+        users=torch.arange(rows),
+        input_ids=torch.randint(20, 60, (rows * tokens,)),
+        lengths=torch.full((rows,), tokens),
+        slot_positions=(starts + places).flatten(),
         slot_vectors=torch.randn(rows * items, recipe.crm.embedding_dim),
         instance=torch.randn(rows, recipe.crm.hidden_dim),
-        answer_rows=torch.arange(rows).repeat_interleave(answers),
-        answer_positions=places[-answers:].repeat(rows),
+        answer_positions=(starts + places[-answers:]).flatten(),
         answer_labels=torch.randint(0, 2, (rows * answers,)).float(),
         answer_weights=weights.flatten(),
         target_index=torch.arange(1, rows + 1) * answers - 1,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from rellax_ds.assets import resolve_model
 from rellax_ds.errors import AssetError, ConfigError
@@ -136,8 +136,9 @@ def shape_of(config: Any, model: ModelConfig, item_dim: int, instance_dim: int) 
     """
     with torch.device("meta"):
         try:
-            base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-        except (ValueError, ImportError) as error:
+            # not `from_config`, which partitions the model while a ZeRO-3 engine is alive
+            base = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        except (KeyError, ValueError, ImportError) as error:
             raise ConfigError(
                 f"model.backbone '{model.backbone}': no causal LM follows from its config "
                 f"({str(error).splitlines()[0]})"

@@ -12,8 +12,9 @@ from torch import nn
 from benchmarks.saved import saved_bytes
 from rellax_ds.config import ModelConfig
 from rellax_ds.errors import AssetError, ConfigError
+from rellax_ds.kernels.rows import Rows
 from rellax_ds.model import cflora
-from rellax_ds.model.backbone import run_body
+from rellax_ds.model.packed import pack_attention, run_body
 from rellax_ds.planning.memory import block_saved
 from rellax_ds.planning.parameters import CONFIGS, read_config, shape_of
 
@@ -89,6 +90,8 @@ def test_block_leaves_for_its_backward_pass_what_the_formula_says(
         config.update({"hidden_size": 256, "intermediate_size": 640, "head_dim": 32})
         config.update({"num_attention_heads": 8, "num_key_value_heads": 2})
         config.update({"num_hidden_layers": layers})
+        if hasattr(config, "sliding_window"):
+            config.sliding_window = None
         if getattr(config, "layer_types", None):
             config.layer_types = ["full_attention"] * layers
         settings = ModelConfig(rank=2, spa=False)
@@ -99,11 +102,13 @@ def test_block_leaves_for_its_backward_pass_what_the_formula_says(
 
 
 def _saved(base: nn.Module, settings: ModelConfig, dtype: torch.dtype) -> int:
+    pack_attention(base)
     llm = cflora.attach(base.requires_grad_(False), settings, 5).to(dtype).train()
-    inputs = torch.randn(2, 32, 256, dtype=dtype, requires_grad=True)
+    inputs = torch.randn(64, 256, dtype=dtype, requires_grad=True)
+    lengths = torch.tensor([40, 24])
 
     def run() -> torch.Tensor:
-        with llm.base_model.conditioned(torch.randn(2, 5)):
-            return run_body(llm.base_model.model, inputs, torch.ones(2, 32, dtype=torch.int64))
+        with llm.base_model.conditioned(torch.randn(2, 5), Rows.from_lengths(lengths.tolist())):
+            return run_body(llm.base_model.model, inputs, lengths)
 
     return saved_bytes(run, llm.parameters())

@@ -176,7 +176,11 @@ def start_processes(hang_timeout: float = 1800.0) -> Processes:
                 ) from error
             except (RuntimeError, OSError) as error:
                 raise _build_error(error) from error
-    return Processes(device)
+    processes = Processes(device)
+    if device.type == "cpu" and runtime.launched():
+        processes.barrier()  # every rank of this host has mapped every buffer
+        runtime.forget_shared_memory()
+    return processes
 
 
 def _shared_memory_op() -> Path:

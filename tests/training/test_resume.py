@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -21,7 +22,6 @@ from trainings import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from rellax_ds.artifacts import WorkDir
 
@@ -41,6 +41,7 @@ def test_training_on_two_ranks_equals_training_on_one(
     scores = [[r["log_loss"] for r in log if r["event"] == "valid"] for log in (alone, together)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
     assert two_ranks.require("train").counts["ranks"] == 2
+    assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")), "memory is left behind"
 
 
 def test_training_stopped_by_sigterm_resumes_to_the_same_bits(

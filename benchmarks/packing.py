@@ -22,18 +22,14 @@ import torch
 from benchmarks import train_step_arms as arms
 from benchmarks.report import Report, parser
 from rellax_ds import runtime
-from rellax_ds.artifacts import WorkDir
-from rellax_ds.config import load_recipe
 from rellax_ds.shards.collate import Collator
 from rellax_ds.shards.order import epoch_order, step_batches
-from rellax_ds.stages.pipeline import load_stage
 
 if TYPE_CHECKING:
     from rellax_ds.batch import Batch
     from rellax_ds.config import Recipe
     from rellax_ds.model.rellax import ReLLaX
 
-STAGES = ("tables", "crm", "shards")
 BEFORE, AFTER = "padded", "packed, buckets"
 ARMS = {
     BEFORE: (False, False),
@@ -55,13 +51,10 @@ def main() -> int:
     arguments.add_argument("--threads", type=int, help="default: cores over the recipe's ranks")
     options = arguments.parse_args()
     runtime.prepare()
-    recipe = load_recipe(options.recipe)
-    work = WorkDir(options.work_dir or runtime.default_work_dir(recipe.name))
-    for stage in STAGES:
-        load_stage(stage).run(recipe, work)
-    threads = options.threads or max(runtime.num_cpus() // recipe.train.num_processes, 1)
+    setting = arms.prepare(options.recipe, options.work_dir, options.steps, options.threads)
+    recipe, threads = setting.recipe, setting.threads
     torch.set_num_threads(threads)
-    prompts = arms.Prompts(arms.Setting(recipe, work.stage_dir("shards"), options.steps, threads))
+    prompts = arms.Prompts(setting)
     models = {packed: model_of(recipe, prompts, packed) for packed in (False, True)}
     page = Report("packing")
     check(page, models, Collator(prompts.index), prompts)

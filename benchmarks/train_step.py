@@ -28,17 +28,13 @@ import torch
 from benchmarks import train_step_arms as arms
 from benchmarks.report import Report, parser
 from rellax_ds import runtime
-from rellax_ds.artifacts import WorkDir
-from rellax_ds.config import load_recipe
 from rellax_ds.shards.collate import Collator
-from rellax_ds.stages.pipeline import load_stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benchmarks.train_step_arms import Outcome, Prompts, Setting
 
-STAGES = ("tables", "crm", "shards")
 WARM_UP = 2
 BASELINE, OURS = "trainer", "rellax_zero3"
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
@@ -70,13 +66,8 @@ def main() -> int:
     arguments.add_argument("--arms", nargs="+", default=list(arms.ARMS), choices=arms.ARMS)
     options = arguments.parse_args()
     runtime.prepare()
-    recipe = load_recipe(options.recipe)
-    work = WorkDir(options.work_dir or runtime.default_work_dir(recipe.name))
-    for stage in STAGES:
-        load_stage(stage).run(recipe, work)
-    threads = options.threads or max(runtime.num_cpus() // recipe.train.num_processes, 1)
     steps = WARM_UP + options.steps
-    setting = arms.Setting(recipe, work.stage_dir("shards"), steps, threads)
+    setting = arms.prepare(options.recipe, options.work_dir, steps, options.threads)
     page = Report("train step")
     check(page, setting)
     gc.collect()

@@ -28,12 +28,14 @@ import numpy as np
 import torch
 
 from rellax_ds import runtime
+from rellax_ds.artifacts import WorkDir
 from rellax_ds.assets import resolve_model
-from rellax_ds.config import Recipe
+from rellax_ds.config import Recipe, load_recipe
 from rellax_ds.engine.ds_config import EPSILON, resolve_ds_config
 from rellax_ds.shards.collate import Collator
 from rellax_ds.shards.order import step_batches
 from rellax_ds.shards.read import Sample, ShardReader
+from rellax_ds.stages.pipeline import load_stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,6 +51,7 @@ ARMS = (
     *("lora_torch", "lora", "rellax_torch", "rellax", "rellax_zero3"),
 )
 IGNORED = -100
+STAGES = ("tables", "crm", "shards")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,18 @@ class Setting:
     shards: Path
     steps: int
     threads: int
+
+
+def prepare(recipe_name: str, work_dir: Path | None, steps: int, threads: int | None) -> Setting:
+    """Run, or skip, the stages behind the prompts; by default the recipe's own work folder and as
+    many threads as a rank of it has on this machine.
+    """
+    recipe = load_recipe(recipe_name)
+    work = WorkDir(work_dir or runtime.default_work_dir(recipe.name))
+    for stage in STAGES:
+        load_stage(stage).run(recipe, work)
+    threads = threads or max(runtime.num_cpus() // recipe.train.num_processes, 1)
+    return Setting(recipe, work.stage_dir("shards"), steps, threads)
 
 
 class Prompts:

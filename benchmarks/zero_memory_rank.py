@@ -14,12 +14,12 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rellax_ds import runtime
-from rellax_ds.assets import resolve_model
 from rellax_ds.batch import Batch
 from rellax_ds.config import load_recipe
 from rellax_ds.engine.ds_config import resolve_ds_config
@@ -55,31 +55,17 @@ class Held:
 
 def main(recipe_path: str, tokens: int, output: Path) -> None:
     """Measure and write `output`, on every rank its own."""
-    from benchmarks.train_step_arms import parameter_groups
     from rellax_ds.engine.engine import Engine
     from rellax_ds.engine.processes import start_processes
-    from rellax_ds.model.rellax import build_rellax
+    from rellax_ds.stages.train import make_model
 
     recipe = load_recipe(recipe_path)
     processes = start_processes()
 
-    def make() -> tuple[Any, Any]:
-        runtime.seed_everything(recipe.seed, "model")
-        model = build_rellax(
-            resolve_model(recipe.model.backbone).reference,
-            recipe.model,
-            {"yes": YES, "no": NO},
-            recipe.crm.embedding_dim,
-            recipe.crm.hidden_dim,
-            torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
-            recipe.train.loss,
-        )
-        if recipe.train.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        return model, parameter_groups(model, recipe.train)
-
+    widths = {"item_width": recipe.crm.embedding_dim, "instance_width": recipe.crm.hidden_dim}
+    stream: Any = SimpleNamespace(index=SimpleNamespace(answer_ids=(YES, NO), **widths))
     resolved = resolve_ds_config(recipe.train, processes.world_size)
-    engine = Engine(make, recipe.train, resolved, processes)
+    engine = Engine(lambda: make_model(recipe, stream), recipe.train, resolved, processes)
     take_step(engine, made_batch(recipe, SHORT))
     runtime.release_memory()
     libraries = resident("VmRSS") - sum(measure(engine))

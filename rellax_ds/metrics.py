@@ -92,13 +92,7 @@ def user_auc(
     Returns:
         Two arrays over the distinct users in increasing order.
     """
-    y, scores = _checked(labels, logits)
-    groups = np.asarray(users)
-    if groups.shape != y.shape:
-        raise TableError(
-            f"gauc: {groups.size} users for {y.size} labels; pass one user for each scored row"
-        )
-    _, group = np.unique(groups, return_inverse=True)
+    group, y, scores = _grouped(users, labels, logits)
     rows = np.bincount(group).astype(np.float64)
     positives = np.bincount(group, weights=y)
     rank_sums = np.bincount(group, weights=_ranks_within(group, scores) * y)
@@ -122,13 +116,7 @@ def ndcg(users: ArrayLike, labels: ArrayLike, logits: ArrayLike, k: int = 10) ->
     Raises:
         TableError: As `auc`; also when no user has a positive.
     """
-    y, scores = _checked(labels, logits)
-    groups = np.asarray(users)
-    if groups.shape != y.shape:
-        raise TableError(
-            f"ndcg: {groups.size} users for {y.size} labels; pass one user for each scored row"
-        )
-    _, group = np.unique(groups, return_inverse=True)
+    group, y, scores = _grouped(users, labels, logits)
     order = np.lexsort((-scores, group))
     group, y, scores = group[order], y[order], scores[order]
     new_group = np.r_[True, group[1:] != group[:-1]]
@@ -246,6 +234,19 @@ def _checked(
             "score rows of both classes"
         )
     return y, scores
+
+
+def _grouped(
+    users: ArrayLike, labels: ArrayLike, logits: ArrayLike
+) -> tuple[IntArray, FloatArray, FloatArray]:
+    """Number of each row's user among the distinct ones, and the checked labels and scores."""
+    y, scores = _checked(labels, logits)
+    groups = np.asarray(users)
+    if groups.shape != y.shape:
+        raise TableError(
+            f"metrics: {groups.size} users for {y.size} labels; pass one user for each scored row"
+        )
+    return np.unique(groups, return_inverse=True)[1].astype(np.int64), y, scores
 
 
 def _ranks(scores: FloatArray) -> FloatArray:

@@ -3,8 +3,8 @@
 Under ZeRO-3 the model is born partitioned: while the factory runs, transformers sees the resolved
 configuration and shards every weight as it loads it. The optimiser is torch's AdamW over named
 groups, also where its state is offloaded: what is trained is small, so nothing has to be compiled
-for it. Random state is never saved: generators are reseeded
-before every micro-batch, so a resumed step draws the dropout masks of an undisturbed one.
+for it. Random state is never saved: generators are reseeded before every micro-batch, so a resumed
+step draws the dropout masks of an undisturbed one.
 """
 
 from __future__ import annotations

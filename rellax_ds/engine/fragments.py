@@ -28,16 +28,16 @@ PARAMETER = "param"
 
 
 def ensure_moments(optimizer: Any) -> None:
-    """Give every piece of a DeepSpeed optimiser its moments and its own step counter.
+    """Give every piece of a DeepSpeed optimiser around AdamW its moments and a step counter of its
+    own.
 
     Raises:
         CheckpointError: This version of DeepSpeed keeps its pieces elsewhere.
     """
-    torch_adam = isinstance(optimizer.optimizer, torch.optim.AdamW)
     for _, piece in _pieces(optimizer):
         state = optimizer.optimizer.state[piece]
         if "step" not in state:
-            state["step"] = torch.tensor(0.0) if torch_adam else 0
+            state["step"] = torch.tensor(0.0)
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(piece.data)
     if not _partitions_parameters(optimizer):
@@ -56,9 +56,7 @@ def adam_steps(optimizer: Any) -> dict[int, int]:
 def set_adam_steps(optimizer: Any, steps: list[int]) -> None:
     """Set the step counter of every group."""
     for group, piece in _pieces(optimizer):
-        state = optimizer.optimizer.state[piece]
-        counter = torch.tensor(float(steps[group])) if torch.is_tensor(state["step"]) else None
-        state["step"] = steps[group] if counter is None else counter
+        optimizer.optimizer.state[piece]["step"] = torch.tensor(float(steps[group]))
 
 
 def whole(parameter: nn.Parameter, kind: str) -> torch.Tensor:

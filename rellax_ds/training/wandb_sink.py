@@ -2,9 +2,9 @@
 
 Every call of the library, its import and its start included, is made in one daemon thread behind a
 bounded queue. A service that is down, refuses the key or takes half a minute a call therefore costs
-a training nothing but records in wandb: what does not fit into the queue is dropped and counted, an
-error is counted, and the end waits a bounded time. wandb is told not to capture the console and not
-to look at the command line, the checkout or the code; what it is given is masked.
+records in wandb and no waiting: what does not fit into the queue is dropped and counted, an error
+is counted, and the end waits a bounded time. wandb is told not to capture the console and not to
+look at the command line, the checkout or the code; what it is given is masked.
 
 An attempt is a run of its own, of job type `train`, in the group of its training: wandb 0.31
 ignores `resume` offline.

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from engine_model import ROOT
+from ranks import run_job
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
@@ -53,16 +50,7 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (4, tasks(FULL, (None, "four"), ("two", "two-four"), ("four", "four-four"))),
         (2, tasks(FULL, ("one", "one-two"), ("four", "four-two"), (None, "poisoned"))),
     ]
-    job = [str(Path(__file__).with_name("elastic_job.py")), str(folder), json.dumps(launches)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
-    done = subprocess.run(
-        [sys.executable, *job],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_job(Path(__file__).with_name("elastic_job.py"), str(folder), json.dumps(launches))
     return folder
 
 

@@ -7,12 +7,30 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_job(script: Path, *arguments: str) -> None:
+    """Run a job script in a process of its own; what it said is the error when it fails."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def run_ranks(ranks: int, work: Callable[[], None]) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
-
-from rellax_ds.training.throughput import FIELDS
 
 if TYPE_CHECKING:
     from rellax_ds.artifacts import WorkDir
@@ -78,17 +75,3 @@ def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             continue
     return found
-
-
-def records(work: WorkDir) -> list[dict[str, Any]]:
-    """What the log says, less the speed."""
-    lines = (work.stage_dir("train") / "log.jsonl").read_text().splitlines()
-    return [
-        {key: value for key, value in json.loads(line).items() if key not in FIELDS}
-        for line in lines
-    ]
-
-
-def adapter(work: WorkDir) -> dict[str, bytes]:
-    folder = work.stage_dir("train") / "adapter"
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}

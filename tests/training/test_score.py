@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ranks import run_job
 
 from rellax_ds import metrics
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = 10_003
 
 
@@ -23,16 +20,8 @@ def test_metrics_of_one_two_and_four_ranks_equal_those_of_all_rows(tmp_path: Pat
     users, labels = random.integers(0, 900, ROWS), random.integers(0, 2, ROWS)
     logits = np.round(random.normal(size=ROWS) + labels, 1)  # many ties
     np.save(tmp_path / "rows.npy", np.stack([users, labels, logits], 1).astype(np.float64))
-    job = [str(Path(__file__).with_name("score_job.py")), str(tmp_path / "rows.npy"), str(tmp_path)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
-    done = subprocess.run(
-        [sys.executable, *job],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    job = Path(__file__).with_name("score_job.py")
+    run_job(job, str(tmp_path / "rows.npy"), str(tmp_path))
     expected = {
         "auc": metrics.auc(labels, logits),
         "log_loss": metrics.log_loss(labels, logits),

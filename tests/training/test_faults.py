@@ -10,18 +10,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from trainings import (
-    adapter,
-    family_of,
-    finish,
-    ranks_of,
-    records,
-    said,
-    start,
-    train,
-    wait_for,
-    wait_for_checkpoint,
-)
+from trainings import family_of, finish, ranks_of, said, start, train, wait_for, wait_for_checkpoint
+
+from benchmarks.soak import adapter_of, figures_of
 
 if TYPE_CHECKING:
     import subprocess
@@ -120,7 +111,9 @@ def log_of(work: WorkDir) -> str:
 
 
 def equal(work: WorkDir, undisturbed: WorkDir) -> bool:
-    return records(work) == records(undisturbed) and adapter(work) == adapter(undisturbed)
+    return figures_of(work) == figures_of(undisturbed) and adapter_of(work) == adapter_of(
+        undisturbed
+    )
 
 
 @pytest.mark.slow_soak

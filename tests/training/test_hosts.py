@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from trainings import ROOT, records, wait_for
+from trainings import ROOT, wait_for
+
+from benchmarks.soak import figures_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -99,6 +101,6 @@ def test_two_hosts_train_as_two_ranks_and_the_loss_of_one_is_told_by_the_other(
     assert "train: rank 1 (host host-1, process " in told
     assert "is gone, last seen in " in told
     assert wait_hosts(start_hosts(hosts, recipe_file, work), work) == [0, 0], told
-    logs = records(two_ranks), records(work)
+    logs = figures_of(two_ranks), figures_of(work)
     losses = [[r["loss"] for r in log if r["event"] == "step"] for log in logs]
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)

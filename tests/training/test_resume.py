@@ -8,17 +8,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from trainings import (
-    adapter,
-    family_of,
-    finish,
-    ranks_of,
-    records,
-    said,
-    start,
-    train,
-    wait_for_checkpoint,
-)
+from trainings import family_of, finish, ranks_of, said, start, train, wait_for_checkpoint
+
+from benchmarks.soak import adapter_of, figures_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +25,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 def test_training_on_two_ranks_equals_training_on_one(
     one_rank: WorkDir, two_ranks: WorkDir
 ) -> None:
-    alone, together = records(one_rank), records(two_ranks)
+    alone, together = figures_of(one_rank), figures_of(two_ranks)
     assert [(r["event"], r["step"]) for r in alone] == [(r["event"], r["step"]) for r in together]
     losses = [[r["loss"] for r in log if r["event"] == "step"] for log in (alone, together)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
@@ -56,8 +48,8 @@ def test_training_stopped_by_sigterm_resumes_to_the_same_bits(
     assert work.manifest("train") is None
     train(recipe_file, work, 1)
     assert "continues from" in said(work)
-    assert records(work) == records(one_rank)
-    assert adapter(work) == adapter(one_rank)
+    assert figures_of(work) == figures_of(one_rank)
+    assert adapter_of(work) == adapter_of(one_rank)
 
 
 def test_training_with_a_killed_rank_resumes_to_the_same_bits(
@@ -75,8 +67,8 @@ def test_training_with_a_killed_rank_resumes_to_the_same_bits(
     assert not psutil.wait_procs(family, timeout=40)[1], "a process outlived the training"
     train(recipe_file, work, 2)
     assert "continues from" in said(work)
-    assert records(work) == records(two_ranks)
-    assert adapter(work) == adapter(two_ranks)
+    assert figures_of(work) == figures_of(two_ranks)
+    assert adapter_of(work) == adapter_of(two_ranks)
 
 
 @pytest.mark.slow_soak
@@ -89,6 +81,8 @@ def test_training_of_two_ranks_stopped_by_ctrl_c_continues_on_one(
     process.send_signal(signal.SIGINT)
     finish(process, work, 143)
     train(recipe_file, work, 1)
-    losses = [[r["loss"] for r in records(run) if r["event"] == "step"] for run in (one_rank, work)]
+    losses = [
+        [r["loss"] for r in figures_of(run) if r["event"] == "step"] for run in (one_rank, work)
+    ]
     assert len(losses[1]) == STEPS
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)

@@ -212,6 +212,9 @@ batch = load_file(folder / "batch.safetensors")
 zero3 = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
          "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 deepspeed.init_distributed(dist_backend="gloo")
+if "MASTER_PORT" in os.environ:
+    torch.distributed.barrier()
+    runtime.forget_shared_memory()
 
 def build(fields):
     torch.manual_seed(0)

@@ -104,6 +104,8 @@ def engine_losses(
 
 def main(folder: Path) -> None:
     deepspeed.init_distributed()
+    torch.distributed.barrier()
+    runtime.forget_shared_memory()
     rank = torch.distributed.get_rank()
     batches = [load_file(folder / f"batch{index}.safetensors") for index in range(2)]
     for index, case in enumerate(json.loads((folder / "cases.json").read_text())):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-HOST = frozenset({"lengths", "users"})
+HOST = frozenset({"lengths", "question_starts", "users"})
 """Fields that stay on the CPU."""
 
 
@@ -29,10 +29,13 @@ class Batch:
         input_ids: int64 [T], the prompts one after the other.
         lengths: int64 [B], tokens of each prompt, sum T; on the CPU on every device, because it is
             the host that cuts by it.
+        question_starts: int64 [B], tokens of each prompt before its target's question: those up to
+            the answer to the history's last question; on the CPU as `lengths`.
         slot_positions: int64 [N], position of each soft-token slot among the T tokens.
         slot_vectors: float32 [N, E], the recommender's item embedding; all zeros for an item unseen
             in training.
         instance: float32 [B, H], the recommender's instance embedding h.
+        crm_logits: float32 [B], the recommender's log-odds of a like.
         answer_positions: int64 [M], position among the T tokens whose next token is the answer.
         answer_labels: float32 [M], 1 for yes.
         answer_weights: float32 [M], weight in the loss; those of a sample add up to 1.
@@ -43,9 +46,11 @@ class Batch:
     users: torch.Tensor
     input_ids: torch.Tensor
     lengths: torch.Tensor
+    question_starts: torch.Tensor
     slot_positions: torch.Tensor
     slot_vectors: torch.Tensor
     instance: torch.Tensor
+    crm_logits: torch.Tensor
     answer_positions: torch.Tensor
     answer_labels: torch.Tensor
     answer_weights: torch.Tensor

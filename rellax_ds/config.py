@@ -95,9 +95,30 @@ class CRMConfig(Section):
         default=0.0,
         description="Latest share of train kept from the recommender: rows the LLM can learn on.",
     )
+    folds: Annotated[int, Field(ge=0, le=100)] = Field(
+        default=0,
+        description="Give a training row what a recommender that did not see it says: so many more "
+        "are trained, each without its fold. 0: all rows come from the one.",
+    )
+    fold_by: Literal["user", "time"] = Field(
+        default="user",
+        description="Folds of whole users, or blocks of time, each scored by a recommender of the "
+        "earlier ones (the first block is not used then).",
+    )
     instance_embedding: Literal["final", "hidden", "user"] = Field(
         default="final", description="Which activation is h."
     )
+
+    @model_validator(mode="after")
+    def _folds_defined(self) -> CRMConfig:
+        if self.folds == 1:
+            raise ValueError("folds 1 leaves nothing to train on; use at least 2, or 0 for none")
+        if self.folds and self.holdout:
+            raise ValueError(
+                f"folds {self.folds} and holdout {self.holdout:g} both keep rows from the "
+                "recommender; use one of them"
+            )
+        return self
 
 
 class ShardsConfig(Section):
@@ -183,6 +204,16 @@ class ModelConfig(Section):
     spa_bottleneck: PositiveInt | None = Field(
         default=None, description="Hidden width of the projector; null is the LLM's."
     )
+    interaction_scope: Literal["prompt", "question"] = Field(
+        default="prompt",
+        description="Tokens M(h) acts on: all, or the target's question only (the history before "
+        "it is plain LoRA then, so its answers cannot be read off h; ours, not published).",
+    )
+    residual: Literal["none", "crm"] = Field(
+        default="none",
+        description="crm: the score is the recommender's logit plus w times the LLM's, with a "
+        "trained w that starts at 0 (ours, not published).",
+    )
     packing: bool = Field(
         default=True,
         description="Lay prompts end to end; false pads them to the longest of a batch.",
@@ -194,6 +225,8 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _interaction_defined(self) -> ModelConfig:
         _ = self.spec
+        if self.interaction_scope == "question" and not self.packing:
+            raise ValueError("interaction_scope question needs packing true")
         return self
 
     @property
@@ -225,6 +258,9 @@ class TrainConfig(Section):
     learning_rate: PositiveFloat = Field(default=5e-4, description="For A and B.")
     interaction_learning_rate: PositiveFloat = Field(
         default=1e-3, description="For the gates and the SPA projector."
+    )
+    residual_learning_rate: PositiveFloat = Field(
+        default=1e-2, description="For the weight of the LLM in model.residual."
     )
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -342,6 +378,11 @@ class Recipe(Section):
         ):
             raise ValueError(
                 "model.interaction identity with train_factors false and spa false trains nothing"
+            )
+        if self.model.residual != "none" and self.train.loss != "yes_no":
+            raise ValueError(
+                f"model.residual {self.model.residual} adds to the yes-no logit; set train.loss "
+                "to yes_no"
             )
         if not self.model.train_factors and self.model.adapter is None:
             raise ValueError(

@@ -102,10 +102,23 @@ def user_auc(
 
 
 def ndcg(users: ArrayLike, labels: ArrayLike, logits: ArrayLike, k: int = 10) -> float:
-    """Mean NDCG@k of the users' own scored rows, with binary gains and discount 1 / log2(1 + rank).
+    """Mean over the users of `user_ndcg`; users without a positive are left out.
+
+    Raises:
+        TableError: As `auc`; also when no user has a positive.
+    """
+    per_user = user_ndcg(users, labels, logits, k)
+    defined = per_user[~np.isnan(per_user)]
+    if not defined.size:
+        raise TableError(f"ndcg: none of {per_user.size} users has a positive; score more rows")
+    return float(np.mean(defined))
+
+
+def user_ndcg(users: ArrayLike, labels: ArrayLike, logits: ArrayLike, k: int = 10) -> FloatArray:
+    """NDCG@k of each user's own scored rows, with binary gains and discount 1 / log2(1 + rank).
 
     Rows with equal scores share the mean gain of their places (McSherry and Najork 2008), so their
-    order does not matter. Users without a positive have no NDCG and are left out.
+    order does not matter.
 
     Args:
         users: User of each row, [N] integers.
@@ -113,8 +126,11 @@ def ndcg(users: ArrayLike, labels: ArrayLike, logits: ArrayLike, k: int = 10) ->
         logits: Scores, [N].
         k: Places that count.
 
+    Returns:
+        An array over the distinct users in increasing order; NaN for a user without a positive.
+
     Raises:
-        TableError: As `auc`; also when no user has a positive.
+        TableError: As `log_loss`; also for another number of users than rows.
     """
     group, y, scores = _grouped(users, labels, logits)
     order = np.lexsort((-scores, group))
@@ -127,9 +143,8 @@ def ndcg(users: ArrayLike, labels: ArrayLike, logits: ArrayLike, k: int = 10) ->
     found = np.bincount(group, weights=discount * gain)
     positives = np.bincount(group, weights=y).astype(np.int64)
     best = np.r_[0.0, np.cumsum(1.0 / np.log2(np.arange(k) + 2.0))][np.minimum(positives, k)]
-    if not positives.any():
-        raise TableError(f"ndcg: none of {positives.size} users has a positive; score more rows")
-    return float(np.mean(found[positives > 0] / best[positives > 0]))
+    undefined = np.full_like(found, np.nan)
+    return np.asarray(np.divide(found, best, out=undefined, where=positives > 0), dtype=np.float64)
 
 
 def log_loss(labels: ArrayLike, logits: ArrayLike) -> float:

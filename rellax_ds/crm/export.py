@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from rellax_ds.crm.features import IntArray, Interactions
     from rellax_ds.crm.fit import Fitted
+    from rellax_ds.crm.folds import OutOfFold
 
 ITEM_TABLE = "item_table.npy"
 """float32 [num_items + 1, E]; item i is row i + 1, unseen items and row 0 are zero."""
@@ -40,14 +41,26 @@ INSTANCES = "instances.npy"
 LOGITS = "logits.npy"
 """float32 [num_samples], log-odds of a like."""
 
+FOLDS = "folds.npy"
+"""int8 [num_samples], the fold whose recommender, trained without the sample, gave its h and logit;
+-1 where it was the full one. Absent without folds, as is the next."""
 
-def export(fitted: Fitted, log: Interactions, directory: Path) -> dict[str, Any]:
+FOLD_TABLES = "fold_tables.npy"
+"""float32 [K, num_items + 1, E], item table of every fold's recommender, in the axes of the full
+one's."""
+
+
+def export(
+    fitted: Fitted, log: Interactions, directory: Path, unseen: OutOfFold | None = None
+) -> dict[str, Any]:
     """Score every sample and write the recommender's artefact.
 
     Args:
         fitted: The trained recommender.
         log: The interactions it was trained on.
         directory: Folder to write into.
+        unseen: What recommenders that did not see them say about training rows; it takes the place
+            of what the full one says, which remains in `metrics.json` only.
 
     Returns:
         The document of `metrics.json`: rows, AUC, log loss and accuracy of each set of rows, the
@@ -63,11 +76,16 @@ def export(fitted: Fitted, log: Interactions, directory: Path) -> dict[str, Any]
         for rows, logit, instance in score(model, fitted.features, np.arange(log.num_samples)):
             logits[rows], instances[rows] = logit, instance
             progress.advance(len(rows))
+    document = _metrics(fitted, log, logits)
+    document["dead_units"] = _constant_columns(instances, fitted.train_rows)
+    if unseen is not None:
+        logits[unseen.rows], instances[unseen.rows] = unseen.logits, unseen.instances
+        np.save(directory / FOLDS, unseen.fold)
+        np.save(directory / FOLD_TABLES, unseen.item_tables)
+        document["out_of_fold"] = unseen.facts
     instances.flush()
     np.save(directory / LOGITS, logits)
     _save_model(fitted, directory)
-    document = _metrics(fitted, log, logits)
-    document["dead_units"] = _constant_columns(instances, fitted.train_rows)
     write_json(directory / "metrics.json", document)
     return document
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +53,12 @@ class Fitted:
     holdout_start: int | None
     epochs: list[dict[str, Any]]
 
+    @property
+    def best_epoch(self) -> int:
+        """The epoch whose weights these are, from 1; the first of those with the best valid AUC."""
+        aucs = [record["valid_auc"] for record in self.epochs]
+        return 1 + aucs.index(max(aucs))
+
 
 def split_holdout(train: IntArray, share: float) -> tuple[IntArray, int | None]:
     """Cut the latest `share` of the training samples off.
@@ -84,6 +90,34 @@ def fit(log: Interactions, history: History, config: CRMConfig, seed: int) -> Fi
             "selected on it; change data.split or data.label_threshold"
         )
     vocabulary = build_vocabulary(log, history, train_rows, config)
+    fitted = fit_rows(log, history, config, seed, train_rows, vocabulary)
+    return replace(fitted, holdout_start=holdout_start)
+
+
+def fit_rows(
+    log: Interactions,
+    history: History,
+    config: CRMConfig,
+    seed: int,
+    train_rows: IntArray,
+    vocabulary: Vocabulary,
+    num_epochs: int | None = None,
+) -> Fitted:
+    """Train a recommender on given rows.
+
+    Args:
+        log: Users, items, events and samples.
+        history: History the recommender reads.
+        config: The recipe's section.
+        seed: Equal seeds and vocabularies of equal sizes start from equal weights.
+        train_rows: Sample ids to train on.
+        vocabulary: Values with an embedding.
+        num_epochs: Train so many epochs and keep the last; by default the epoch with the best
+            valid AUC is kept.
+
+    Raises:
+        ConfigError: The loss is not finite.
+    """
     features = Features(log, history, vocabulary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(runtime.stable_seed(seed, "crm"))
@@ -91,8 +125,11 @@ def fit(log: Interactions, history: History, config: CRMConfig, seed: int) -> Fi
         with torch.no_grad():
             model.table.weight[1 + np.array(vocabulary.unseen_items, np.int64)] = 0
         trainer = _Trainer(model, features, log.label, config, seed)
-        epochs = trainer.run(train_rows, valid_rows)
-    return Fitted(model.eval(), vocabulary, features, train_rows, holdout_start, epochs)
+        if num_epochs is None:
+            epochs = trainer.run(train_rows, log.split_rows("valid"))
+        else:
+            epochs = trainer.run_for(num_epochs, train_rows)
+    return Fitted(model.eval(), vocabulary, features, train_rows, None, epochs)
 
 
 @torch.inference_mode()
@@ -149,6 +186,15 @@ class _Trainer:
                 elif epoch - best_epoch >= config.patience:
                     break
         self.model.load_state_dict(best_state)
+        return epochs
+
+    def run_for(self, num_epochs: int, train_rows: IntArray) -> list[dict[str, Any]]:
+        """Train a fixed number of epochs; nothing is selected."""
+        epochs = []
+        with runtime.Progress("crm", num_epochs * len(train_rows), "rows") as progress:
+            for epoch in range(1, num_epochs + 1):
+                loss = self._epoch(epoch, train_rows, progress)
+                epochs.append({"epoch": epoch, "loss": loss})
         return epochs
 
     def _epoch(self, epoch: int, rows: IntArray, progress: runtime.Progress) -> float:

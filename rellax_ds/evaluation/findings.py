@@ -9,7 +9,7 @@ selection was done, how histories run) is computed from the artefacts too, not a
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +19,12 @@ from rellax_ds import metrics
 from rellax_ds.artifacts import STAGES
 from rellax_ds.errors import ArtifactError
 from rellax_ds.evaluation.baselines import FEATURES, Log, LogisticBaseline, last_labels
+from rellax_ds.evaluation.gates import gate_norms
+from rellax_ds.evaluation.groups import groups_of
 from rellax_ds.evaluation.significance import Estimate, UserBootstrap
 from rellax_ds.family import METHODS
+from rellax_ds.model.residual import WEIGHTS as RESIDUAL
+from rellax_ds.model.tensors import read_tensors
 from rellax_ds.redaction import redact, redacted
 from rellax_ds.schema import PREDICTIONS, check_table
 from rellax_ds.shards.read import ShardIndex
@@ -41,6 +45,7 @@ INPUTS = STAGES[:-1]
 
 _TRAIN, _VALID, _TEST = range(3)
 _MIN_GROUP_USERS = 5
+_EXAMPLES = 4
 _VALID_FIGURES = ("auc", "log_loss", "accuracy")
 _PAIRS = (
     ("rellax", "crm"),
@@ -67,6 +72,9 @@ class Evidence:
         shots: Sample ids of the training prompts, one a prompt.
         training: The lines of the training log.
         manifests: By stage.
+        residual_weight: Learned weight of the LLM beside the recommender's logit, where it has one.
+        gates: How far every layer's M(h) is from plain LoRA; empty without gates.
+        prompts: The lines of the watched valid prompts.
     """
 
     recipe: Recipe
@@ -80,6 +88,9 @@ class Evidence:
     shots: IntArray
     training: list[dict[str, Any]]
     manifests: dict[str, Manifest]
+    residual_weight: float | None = None
+    gates: list[dict[str, Any]] = field(default_factory=list)
+    prompts: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def read(cls, recipe: Recipe, work: WorkDir) -> Evidence:
@@ -113,6 +124,9 @@ class Evidence:
             shots=_training_prompts(work.stage_dir("shards")),
             training=_read_lines(work.stage_dir("train") / "log.jsonl"),
             manifests=manifests,
+            residual_weight=_residual_weight(work.stage_dir("train") / "adapter"),
+            gates=gate_norms(work.stage_dir("train") / "adapter", work.stage_dir("shards")),
+            prompts=_read_lines(work.stage_dir("train") / "scored.jsonl"),
         )
 
     def rows_of(self, split: int) -> IntArray:
@@ -158,7 +172,9 @@ def find(evidence: Evidence) -> dict[str, Any]:
         "results": results,
         "differences": differences,
         "full_split": _full_split(evidence, logistic),
-        "user_groups": _user_groups(evidence, logistic),
+        "gates": evidence.gates,
+        "examples": _examples(evidence),
+        "groups": _groups(evidence, logistic),
         "calibration": _calibration(evidence),
         "training": _training_curves(evidence),
         "shots": _shot_facts(evidence),
@@ -275,22 +291,19 @@ def _full_split(evidence: Evidence, logistic: LogisticBaseline) -> list[dict[str
     ]
 
 
-def _user_groups(evidence: Evidence, logistic: LogisticBaseline) -> list[dict[str, Any]]:
-    """AUC among test users with and without training samples; empty where a group is too small."""
-    log = evidence.log
-    test = evidence.rows_of(_TEST)
-    is_warm = np.isin(evidence.user[test], evidence.user[log.split == _TRAIN])
-    groups = []
-    for name, ids in (("warm", test[is_warm]), ("cold", test[~is_warm])):
-        labels = log.label[ids]
+def _groups(evidence: Evidence, logistic: LogisticBaseline) -> list[dict[str, Any]]:
+    """AUC of every model on groups of the scored test rows; empty where a group is too small."""
+    found = []
+    for by, name, ids in groups_of(evidence.log, evidence.user, evidence.rows_of(_TEST)):
+        labels = evidence.log.label[ids]
         users = int(np.unique(evidence.user[ids]).size)
         scores: dict[str, Any] = {}
         if users >= _MIN_GROUP_USERS and 0 < labels.sum() < ids.size:
             bootstrap = _bootstrap(evidence, ids)
             for key, logits in _all_logits(evidence, logistic, ids).items():
                 scores[key] = _as_json(bootstrap.resample(labels, logits).estimates())["auc"]
-        groups.append({"group": name, "n": int(ids.size), "users": users, "auc": scores})
-    return groups
+        found.append({"by": by, "group": name, "n": int(ids.size), "users": users, "auc": scores})
+    return found
 
 
 def _calibration(evidence: Evidence) -> list[dict[str, Any]]:
@@ -328,12 +341,47 @@ def _training_curves(evidence: Evidence) -> dict[str, Any]:
     }
 
 
+def _examples(evidence: Evidence) -> list[dict[str, Any]]:
+    """A few watched valid prompts with the probability of a like before and after training: the
+    surest hits and misses, and those in doubt.
+    """
+    texts = {line["sample"]: line for line in evidence.prompts if line["event"] == "prompt"}
+    curves: dict[int, list[tuple[int, float]]] = {}
+    for line in evidence.prompts:
+        if line["event"] != "prompt":
+            curves.setdefault(line["sample"], []).append((line["step"], line["probability"]))
+    best = _training_curves(evidence)["best"]
+    if best is None:
+        return []
+    found = []
+    for sample, curve in curves.items():
+        by_step = dict(curve)
+        if sample in texts and best["step"] in by_step:
+            text, label = texts[sample]["prompt"], texts[sample]["label"]
+            chance = by_step[best["step"]]
+            found.append(
+                {
+                    "sample": sample,
+                    "prompt": redact(text),
+                    "label": label,
+                    "before": by_step.get(0),
+                    "after": chance,
+                    "error": abs(label - chance),
+                }
+            )
+    found.sort(key=lambda example: (example["error"], example["sample"]))
+    places = np.linspace(0, len(found) - 1, min(_EXAMPLES, len(found))).round().astype(int)
+    return [found[place] for place in places.tolist()]
+
+
 def _shot_facts(evidence: Evidence) -> dict[str, Any]:
     """How many training rows the LLM saw, and how many of those the recommender had seen."""
     shots = np.unique(evidence.shots)
     num_train = int((evidence.log.split == _TRAIN).sum())
     start = evidence.crm.get("holdout_start")
     seen = int(shots.size if start is None else (shots < start).sum())
+    if evidence.crm.get("out_of_fold"):
+        seen = 0  # shots are drawn from rows with a fold only
     return {
         "prompts": int(evidence.shots.size),
         "rows": int(shots.size),
@@ -352,8 +400,11 @@ def _crm_facts(evidence: Evidence) -> dict[str, Any]:
         "train_rows": int(train.size),
         "rows": rows,
         "held_out_rows": int(train.size) - rows,
+        "out_of_fold": evidence.crm.get("out_of_fold"),
+        "residual_weight": evidence.residual_weight,
         "used_by_model": evidence.recipe.model.spa
-        or not evidence.recipe.model.spec.input_independent,
+        or not evidence.recipe.model.spec.input_independent
+        or evidence.recipe.model.residual == "crm",
     }
 
 
@@ -373,6 +424,11 @@ def _training_prompts(folder: Path) -> IntArray:
     """Sample id of every training prompt, read from the checked index."""
     samples: IntArray = ShardIndex.open(folder).rows("train").column("sample").to_numpy()
     return samples
+
+
+def _residual_weight(adapter: Path) -> float | None:
+    path = adapter / RESIDUAL
+    return float(read_tensors(path)["weight"]) if path.exists() else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

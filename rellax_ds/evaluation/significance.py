@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float64]
     IntArray = NDArray[np.int64]
 
-METRICS = ("auc", "log_loss", "accuracy", "gauc")
+METRICS = ("auc", "log_loss", "accuracy", "gauc", "ndcg_10")
 """Metrics with an interval. Calibration error has none: its resamples are biased upwards, because
 every resample adds noise to bins whose absolute gaps are summed."""
 
@@ -120,6 +120,7 @@ class UserBootstrap:
             "log_loss": self._mean_over(metrics.row_log_loss(y, scores)) / rows,
             "accuracy": self._mean_over(((scores > 0) == (y == 1)).astype(np.float64)) / rows,
             "gauc": self._gauc(y, scores),
+            "ndcg_10": self._ndcg(y, scores),
         }
         return Resampled(values, replicates)
 
@@ -163,15 +164,27 @@ class UserBootstrap:
         )
         return gauc
 
+    def _ndcg(self, y: FloatArray, scores: FloatArray) -> FloatArray:
+        """NDCG@10 per resample: like GAUC, a mean of what each user has by itself."""
+        per_user = metrics.user_ndcg(self._group, y, scores)
+        users = self.weights @ (~np.isnan(per_user)).astype(np.float64)
+        total = self.weights @ np.nan_to_num(per_user)
+        ndcg: FloatArray = np.divide(total, users, out=np.full_like(total, np.nan), where=users > 0)
+        return ndcg
+
 
 def point_values(users: ArrayLike, labels: ArrayLike, logits: ArrayLike) -> dict[str, float | None]:
-    """Every metric on the rows themselves; GAUC is None when no user has both classes."""
+    """Every metric on the rows themselves; GAUC is None when no user has both classes, and so is
+    NDCG when none has a positive.
+    """
     per_user, _ = metrics.user_auc(users, labels, logits)
+    per_user_ndcg = metrics.user_ndcg(users, labels, logits)
     return {
         "auc": metrics.auc(labels, logits),
         "log_loss": metrics.log_loss(labels, logits),
         "accuracy": metrics.accuracy(labels, logits),
         "gauc": None if np.isnan(per_user).all() else metrics.gauc(users, labels, logits).value,
+        "ndcg_10": None if np.isnan(per_user_ndcg).all() else float(np.nanmean(per_user_ndcg)),
     }
 
 

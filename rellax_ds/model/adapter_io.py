@@ -8,6 +8,7 @@ after the first byte is written, so a full disk on one rank cannot hang the othe
 
     adapter_config.json, adapter_model.safetensors   stock PEFT, after `import rellax_ds`
     spa.safetensors                                  the projector, when there is one
+    residual.safetensors                             the LLM's weight beside the recommender
     rellax.json                                      answer ids, centre, widths, recipe section
 """
 
@@ -26,7 +27,7 @@ from rellax_ds import runtime
 from rellax_ds.artifacts import write_bytes, write_json
 from rellax_ds.config import ModelConfig
 from rellax_ds.errors import CheckpointError
-from rellax_ds.model import cflora, spa
+from rellax_ds.model import cflora, residual, spa
 from rellax_ds.model.backbone import gathered
 from rellax_ds.model.rellax import ReLLaX, adapter_parameters, assemble
 from rellax_ds.model.tensors import check_tensors, read_tensors
@@ -41,10 +42,10 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class AdapterState:
-    """Whole tensors on the CPU, and the two documents beside them."""
+    """Whole tensors on the CPU, those beside the adapter by file, and the two documents."""
 
     adapter: dict[str, torch.Tensor]
-    projector: dict[str, torch.Tensor]
+    parts: dict[str, dict[str, torch.Tensor]]
     config: dict[str, Any]
     meta: dict[str, Any]
 
@@ -60,9 +61,10 @@ def collect(model: ReLLaX) -> AdapterState | None:
         if runtime.rank() != 0:
             return None
         adapter = _copies(cflora.adapter_tensors(model.llm))
-        projector = _copies(dict(model.spa.named_parameters())) if model.spa is not None else {}
-    _refuse_empty(adapter | projector)
-    return AdapterState(adapter, projector, _adapter_config(model), _meta(model))
+        parts = {file: _copies(tensors) for file, tensors in _parts(model).items()}
+    for tensors in (adapter, *parts.values()):
+        _refuse_empty(tensors)
+    return AdapterState(adapter, parts, _adapter_config(model), _meta(model))
 
 
 def write(state: AdapterState, folder: Path) -> None:
@@ -76,13 +78,13 @@ def write(state: AdapterState, folder: Path) -> None:
         write_json(folder / cflora.SETTINGS, state.config)
         write_json(folder / META, state.meta)
         write_bytes(folder / cflora.WEIGHTS, to_bytes(state.adapter, {"format": "pt"}))
-        if state.projector:
-            write_bytes(folder / spa.WEIGHTS, to_bytes(state.projector, {"format": "pt"}))
+        for file, tensors in state.parts.items():
+            write_bytes(folder / file, to_bytes(tensors, {"format": "pt"}))
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot write the adapter: {error}") from error
     _verify(folder / cflora.WEIGHTS, state.adapter)
-    if state.projector:
-        _verify(folder / spa.WEIGHTS, state.projector)
+    for file, tensors in state.parts.items():
+        _verify(folder / file, tensors)
 
 
 def save(model: ReLLaX, folder: Path) -> None:
@@ -129,8 +131,8 @@ def restore(model: ReLLaX, folder: Path) -> None:
         CheckpointError: Names or shapes differ in either direction.
     """
     _copy_in(cflora.adapter_tensors(model.llm), folder / cflora.WEIGHTS)
-    if model.spa is not None:
-        _copy_in(dict(model.spa.named_parameters()), folder / spa.WEIGHTS)
+    for file, tensors in _parts(model).items():
+        _copy_in(tensors, folder / file)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -144,7 +146,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] != _FORMAT:
             raise CheckpointError(f"{path}: format {meta['format']}, this version reads {_FORMAT}")
-        needed = ("answer_ids", "centre", "item_dim", "instance_dim", "loss", "model")
+        needed = ("answer_ids", "centre", "item_dim", "instance_dim", "layers", "loss", "model")
         absent = [key for key in needed if key not in meta]
         if absent:
             raise CheckpointError(f"{path}: '{absent[0]}' is missing")
@@ -152,6 +154,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{path}: not a readable adapter description ({error})") from error
     return meta
+
+
+def _parts(model: ReLLaX) -> dict[str, dict[str, torch.Tensor]]:
+    """Parameters beside the PEFT adapter, by the file that holds them."""
+    modules = {spa.WEIGHTS: model.spa, residual.WEIGHTS: model.residual}
+    return {f: dict(m.named_parameters()) for f, m in modules.items() if m is not None}
 
 
 def _adapter_config(model: ReLLaX) -> dict[str, Any]:
@@ -167,6 +175,7 @@ def _meta(model: ReLLaX) -> dict[str, Any]:
         "answer_ids": model.answer_ids,
         "centre": float(model.centre),
         "item_dim": model.item_dim,
+        "layers": cflora.adapted_layers(model.llm),
         "instance_dim": model.instance_dim,
         "loss": model.loss,
         "model": model.config.model_dump(mode="json", exclude={"adapter"}),

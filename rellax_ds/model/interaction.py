@@ -62,9 +62,17 @@ class StackedInteraction(nn.Module):
         """
         raise NotImplementedError
 
-    def per_layer(self, instance: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Gates as one [B, R, R] tensor per layer; unbinding once makes the backward one stack."""
+    def per_layer(self, instance: torch.Tensor, plain: bool = False) -> Sequence[torch.Tensor]:
+        """Gates as one [B, R, R] tensor per layer; unbinding once makes the backward one stack.
+
+        Args:
+            instance: h, [B, H].
+            plain: Add a sample B whose gate is I.
+        """
         gates: torch.Tensor = self(instance)
+        if plain:
+            eye = _eye(self.spec.rank, gates).expand(gates.shape[0], 1, -1, -1)
+            gates = torch.cat([gates, eye], dim=1)
         return gates.unbind(0)
 
     def matrices(self) -> torch.Tensor:

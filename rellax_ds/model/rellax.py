@@ -6,9 +6,10 @@ at the answer positions. The loss is computed inside, because under ZeRO-3 weigh
 within the engine's forward. The recommender is not part of it: its outputs come with the batch.
 
 A known caveat of dense supervision: h was computed from the history's labels too, so a gate driven
-by h can answer the history's own questions without reading them. The loss does not cut those
-gradients; weigh such answers with care (`train.history_weight`) and ablate with
-`model.instance_control`.
+by h can answer the history's own questions without reading them. `model.interaction_scope:
+question` shields them: M(h) acts from the target's question on, the history before it is plain LoRA
+and neither sees h nor sends a gradient to the gates. Otherwise weigh such answers with care
+(`train.history_weight`) and ablate with `model.instance_control`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rellax_ds.model import backbone as backbones
 from rellax_ds.model import cflora
 from rellax_ds.model.frozen import frozen_products
 from rellax_ds.model.packed import run_body, takes_packed
+from rellax_ds.model.residual import CRMResidual
 from rellax_ds.model.spa import SoftPromptProjector, start_projector
 
 if TYPE_CHECKING:
@@ -35,8 +37,9 @@ if TYPE_CHECKING:
 
     from rellax_ds.config import ModelConfig
 
-GROUPS = ("factors", "interaction", "spa")
-"""Groups of adapter parameters: A and B, the gates M(h), the projector."""
+GROUPS = ("factors", "interaction", "spa", "residual")
+"""Groups of adapter parameters: A and B, the gates M(h), the projector, the LLM's weight beside the
+recommender."""
 
 Loss = Literal["yes_no", "vocabulary"]
 
@@ -62,6 +65,8 @@ class ReLLaX(nn.Module):
         instance_dim: Width of the instance embedding h.
         loss: Which loss `forward` computes.
         centre: Scalar buffer subtracted from z_yes - z_no; 0 until the training loop calibrates it.
+        residual: What blends in the recommender's logit, or None.
+        llm_alone: Score as if there were no residual, to calibrate the centre.
     """
 
     centre: torch.Tensor
@@ -84,6 +89,8 @@ class ReLLaX(nn.Module):
         self.item_dim = item_dim
         self.instance_dim = instance_dim
         self.loss: Loss = loss
+        self.residual = CRMResidual() if config.residual == "crm" else None
+        self.llm_alone = False
         self.head = backbones.AnswerHead(self.backbone, **self.answer_ids)
         self.register_buffer("centre", torch.zeros(()))
         self._reentrant = False
@@ -100,9 +107,11 @@ class ReLLaX(nn.Module):
         users: torch.Tensor | None = None,
         input_ids: torch.Tensor,
         lengths: torch.Tensor,
+        question_starts: torch.Tensor,
         slot_positions: torch.Tensor,
         slot_vectors: torch.Tensor,
         instance: torch.Tensor,
+        crm_logits: torch.Tensor,
         answer_positions: torch.Tensor,
         answer_labels: torch.Tensor,
         answer_weights: torch.Tensor,
@@ -112,17 +121,19 @@ class ReLLaX(nn.Module):
 
         Returns:
             The scalar loss, float32, averaged over the supervised answers by their weights; and
-            each sample's centred z_yes - z_no at its target question, float32 [B], detached. The
-            probability of yes is its sigmoid.
+            each sample's logit at its target question, float32 [B], detached: the centred z_yes -
+            z_no, or its blend with the recommender's. The probability of yes is its sigmoid.
         """
         embeddings = self._embed(input_ids, slot_positions, slot_vectors)
-        rows = Rows.from_lengths(lengths.tolist()) if takes_packed(self.backbone) else None
+        rows = self._rows(lengths, question_starts)
         with self.llm.base_model.conditioned(self._controlled(instance), rows):
             hidden = run_body(self.backbone, embeddings, lengths)
         answers = hidden[answer_positions]
         if self.loss == "yes_no":
             scores = self.head(answers)
             margins = scores[:, 0] - scores[:, 1] - self.centre
+            if self.residual is not None and not self.llm_alone:
+                margins = self.residual(margins, crm_logits, target_index)
             losses = F.binary_cross_entropy_with_logits(margins, answer_labels, reduction="none")
         else:
             logits = backbones.vocabulary_logits(self.backbone, answers)
@@ -166,6 +177,28 @@ class ReLLaX(nn.Module):
             return embeddings.requires_grad_() if self._reentrant else embeddings
         tokens = self.spa(slot_vectors).to(embeddings.dtype)
         return embeddings.index_put((slot_positions,), tokens)
+
+    def _rows(self, lengths: torch.Tensor, question_starts: torch.Tensor) -> Rows | None:
+        """Which gate each token has; None where batches are padded.
+
+        With the scope of the question, a prompt's tokens before it belong to sample B, one past the
+        last, which the tuner gives the identity.
+        """
+        packed = takes_packed(self.backbone)
+        if self.config.interaction_scope == "prompt":
+            return Rows.from_lengths(lengths.tolist()) if packed else None
+        if not packed:
+            raise ConfigError(
+                f"model.interaction_scope question: {type(self.backbone).__name__} cannot take "
+                "packed batches; use scope prompt"
+            )
+        runs, first, size = [], 0, len(lengths)
+        for sample, (length, start) in enumerate(
+            zip(lengths.tolist(), question_starts.tolist(), strict=True)
+        ):
+            runs += [(first, start, size), (first + start, length - start, sample)]
+            first += length
+        return Rows(runs, size + 1)
 
     def _controlled(self, instance: torch.Tensor) -> torch.Tensor:
         if self.config.instance_control == "const":
@@ -274,8 +307,8 @@ def parameter_counts(model: ReLLaX) -> list[ParameterCount]:
 
 
 def _group(name: str) -> str | None:
-    if name.startswith("spa."):
-        return "spa"
+    if name.startswith(("spa.", "residual.")):
+        return name.partition(".")[0]
     if f".{cflora.CONTAINER}." in name:
         return "interaction"
     if ".lora_A." in name or ".lora_B." in name:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rellax_ds.model.rellax import GROUPS
 from rellax_ds.planning.memory import GIB
 
 if TYPE_CHECKING:
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from rellax_ds.planning.estimate import Plan
     from rellax_ds.planning.work import Prompts
 
-GROUPS = ("backbone", "factors", "interaction", "spa")
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -26,7 +26,7 @@ def document(plan: Plan) -> dict[str, Any]:
             "trained": plan.shape.count(group, trained=True),
             "frozen": plan.shape.count(group, trained=False),
         }
-        for group in GROUPS
+        for group in ("backbone", *GROUPS)
     }
     columns = ("device", "host", "nvme")
     total = asdict(plan.total)
@@ -64,7 +64,7 @@ def size(count: int) -> str:
 
 def _parameters(plan: Plan) -> str:
     rows: list[Sequence[str]] = [("parameters", "trained", "frozen")]
-    for group in GROUPS:
+    for group in ("backbone", *GROUPS):
         counts = [plan.shape.count(group, trained) for trained in (True, False)]
         if any(counts):
             rows.append((f"  {group}", *(f"{count:,}" for count in counts)))

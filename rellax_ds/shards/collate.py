@@ -50,8 +50,13 @@ class Collator:
             [sample.tokens for sample in samples], axis=1
         )
         lengths = np.array([sample.tokens.shape[1] for sample in samples], np.int64)
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
         is_target = np.zeros(len(input_ids), bool)
-        is_target[np.cumsum(lengths) - 1] = True
+        is_target[ends - 1] = True
+        asked = np.flatnonzero((answers >= 0) & ~is_target)  # the history's own questions
+        before = np.r_[-1, asked][np.searchsorted(asked, ends)]  # the last one in front of the end
+        question_starts = np.where(before >= starts, before + 2 - starts, 0)
         answer_positions = np.flatnonzero((answers >= 0) & (is_target | (self._history_weight > 0)))
         targets = is_target[answer_positions]
         slot_positions = np.flatnonzero(item_rows >= 0)
@@ -64,9 +69,13 @@ class Collator:
             users=torch.tensor([sample.facts["user"] for sample in samples], dtype=torch.int64),
             input_ids=torch.from_numpy(input_ids.astype(np.int64)),
             lengths=torch.from_numpy(lengths),
+            question_starts=torch.from_numpy(question_starts),
             slot_positions=torch.from_numpy(slot_positions),
             slot_vectors=self._item_table[torch.from_numpy(item_rows[slot_positions]).long()],
             instance=torch.from_numpy(np.stack([sample.instance for sample in samples])),
+            crm_logits=torch.tensor(
+                [sample.facts["crm_logit"] for sample in samples], dtype=torch.float32
+            ),
             answer_positions=torch.from_numpy(answer_positions),
             answer_labels=torch.from_numpy(labels),
             answer_weights=torch.from_numpy(weights.astype(np.float32)),

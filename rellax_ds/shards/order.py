@@ -175,6 +175,12 @@ def eval_batches(
     return batches[rank::world_size]
 
 
+def spread(ids: npt.NDArray[np.int64], count: int) -> list[int]:
+    """Positions of at most `count` samples, spread evenly over the sorted ids."""
+    chosen = np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(np.int64)
+    return [int(position) for position in np.argsort(ids, kind="stable")[chosen]]
+
+
 def _feistel(
     values: npt.NDArray[np.uint64], half: np.uint64, keys: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.uint64]:

@@ -50,7 +50,11 @@ def pool_order(samples: npt.NDArray[np.int64], seed: int, split: str) -> npt.NDA
 
 
 def choose_rows(
-    split_of: npt.NDArray[np.int8], config: ShardsConfig, seed: int, holdout_start: int | None
+    split_of: npt.NDArray[np.int8],
+    config: ShardsConfig,
+    seed: int,
+    holdout_start: int | None,
+    folds: npt.NDArray[np.int8] | None = None,
 ) -> dict[str, list[Row]]:
     """The prompts of every split, in the order they are written.
 
@@ -64,6 +68,7 @@ def choose_rows(
         config: The recipe's shards section.
         seed: The recipe's seed.
         holdout_start: First sample of the training tail the recommender has not seen.
+        folds: Fold of every sample, where the recommender has folds.
 
     Raises:
         ConfigError: A split has fewer samples than asked for.
@@ -71,8 +76,8 @@ def choose_rows(
     rows: dict[str, list[Row]] = {}
     for number, split in enumerate(schema.SPLITS):
         samples = np.flatnonzero(split_of == number).astype(np.int64)
-        if split == "train" and config.train_from == "holdout":
-            samples = training_candidates(split_of, config, holdout_start)
+        if split == "train":
+            samples = training_candidates(split_of, config, holdout_start, folds)
         wanted = getattr(config, f"{split}_rows")
         if split == "train" and config.history == "half_mixed" and wanted % 2:
             raise ConfigError(
@@ -97,14 +102,21 @@ def choose_rows(
 
 
 def training_candidates(
-    split_of: npt.NDArray[np.int8], config: ShardsConfig, holdout_start: int | None
+    split_of: npt.NDArray[np.int8],
+    config: ShardsConfig,
+    holdout_start: int | None,
+    folds: npt.NDArray[np.int8] | None = None,
 ) -> npt.NDArray[np.int64]:
     """Ids of the training samples that shots are drawn from.
+
+    Where the recommender has folds, samples without one (which it was trained on) are left out.
 
     Raises:
         ConfigError: The holdout is asked for and the recommender was trained without one.
     """
     samples = np.flatnonzero(split_of == schema.SPLITS.index("train")).astype(np.int64)
+    if folds is not None:
+        samples = samples[folds[samples] >= 0]
     if config.train_from == "all":
         return samples
     if holdout_start is None:
@@ -145,6 +157,12 @@ def read_holdout_start(crm: Path) -> int | None:
             f"{path}: 'holdout_start' cannot be read ({error}); run `rellax crm` again"
         ) from None
     return None if start is None else int(start)
+
+
+def read_folds(crm: Path) -> npt.NDArray[np.int8] | None:
+    """Fold of every sample, int8 [num_samples], or None where the recommender has none."""
+    path = crm / "folds.npy"
+    return np.load(path, allow_pickle=False) if path.exists() else None
 
 
 @dataclass(frozen=True)

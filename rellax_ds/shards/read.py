@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-FORMAT = 2
+FORMAT = 3
 INDEX = "index.json"
 SAMPLES = "samples.parquet"
 CRM = "crm.safetensors"
@@ -72,7 +72,7 @@ class Sample:
         tokens: int32 [3, L]: input ids; row of the item table at a soft-token slot, else -1; label
             where the next token is a supervised answer, else -1.
         instance: float32 [H], the standardised instance embedding h.
-        facts: Ids, label, split, events shown, number dropped and variant.
+        facts: Ids, label, split, the recommender's logit, events shown, number dropped and variant.
     """
 
     key: str
@@ -261,7 +261,7 @@ class ShardIndex:
 
     @functools.cached_property
     def item_table(self) -> npt.NDArray[np.float32]:
-        """Standardised item embeddings, float32 [num_items + 1, E]; row 0 is zeros.
+        """Standardised item embeddings, float32 [(1 + folds) * (num_items + 1), E]; row 0 is zeros.
 
         Raises:
             ShardError: The file is absent or altered.

@@ -107,6 +107,10 @@ class ShardWorker:
         self._mean, self._std = scales["instance_mean"], scales["instance_std"]
         self._seen = scales["item_table"].any(axis=1)
         self._instances = np.load(self._crm / "instances.npy", mmap_mode="r", allow_pickle=False)
+        self._logits = np.load(self._crm / "logits.npy", mmap_mode="r", allow_pickle=False)
+        folds = self._crm / "folds.npy"
+        self._folds = np.load(folds, mmap_mode="r") if folds.exists() else None
+        self._height = len(_load_matrix(self._crm / "item_table.npy"))
 
     def __call__(self, partition: Partition, directory: Path) -> dict[str, Any]:
         """Write `PARTITION.tar` and the shard's rows of `samples.parquet`; return its counts."""
@@ -164,12 +168,29 @@ class ShardWorker:
         )
         found = self.builder.build_batch(table["user"], table["item"], table["label"], histories)
         instances = (self._instances[samples].astype(np.float32) - self._mean) / self._std
-        slots = found.slot_items
-        item_rows = np.where(slots >= 0, np.where(self._seen[slots + 1], slots + 1, 0), -1)
+        item_rows = self._item_rows(samples, found)
         tokens = np.stack([found.input_ids, item_rows, found.answers]).astype(np.int32)
         return PromptRows(
-            samples, variants, table, behaviours, found, tokens, instances.astype(np.float32)
+            samples,
+            variants,
+            table,
+            behaviours,
+            found,
+            tokens,
+            instances.astype(np.float32),
+            self._logits[samples],
         )
+
+    def _item_rows(self, samples: npt.NDArray[np.int64], prompts: Prompts) -> npt.NDArray[np.int64]:
+        """Row of the item table at every soft-token slot, else -1 [T]: of the part that belongs to
+        the sample's fold, or of the full recommender's, which comes first.
+        """
+        slots = prompts.slot_items
+        rows = slots + 1
+        if self._folds is not None:
+            part = self._folds[samples].astype(np.int64) + 1
+            rows = rows + np.repeat(part * self._height, prompts.lengths)
+        return np.where(slots >= 0, np.where(self._seen[rows], rows, 0), -1)
 
     def _behaviours(
         self,
@@ -228,6 +249,7 @@ class PromptRows:
         prompts: The prompts, T tokens together.
         tokens: int32 [3, T], see `Sample.tokens`.
         instances: float32 [N, H], standardised.
+        crm_logits: float32 [N], the recommender's log-odds of a like.
     """
 
     samples: npt.NDArray[np.int64]
@@ -237,6 +259,7 @@ class PromptRows:
     prompts: Prompts
     tokens: npt.NDArray[np.int32]
     instances: npt.NDArray[np.float32]
+    crm_logits: npt.NDArray[np.float32]
 
     @property
     def num_dropped(self) -> npt.NDArray[np.int64]:
@@ -253,6 +276,7 @@ class PromptRows:
         return {
             **found,
             "sample": int(self.samples[n]),
+            "crm_logit": float(self.crm_logits[n]),
             "split": split,
             "variant": pool.VARIANTS[self.variants[n]],
             "history": self.behaviours.events[place][kept].tolist(),
@@ -276,7 +300,8 @@ def write_scale(crm: Path, path: Path, rows: npt.NDArray[np.int64]) -> dict[str,
     """Write `crm.safetensors`: what brings the recommender's outputs to unit scale.
 
     Item embeddings are standardised per column over the items the recommender has seen; row 0 and
-    unseen items stay zero, which is the mean of the seen ones. The instance embedding's mean and
+    unseen items stay zero, which is the mean of the seen ones. The tables of its folds, if it has
+    any, follow below it, on the same scale. The instance embedding's mean and
     deviation are taken over training rows. A deviation counts as at least a quarter of the mean
     one, so that a unit that is dead in training does not explode when it fires once.
 
@@ -297,13 +322,27 @@ def write_scale(crm: Path, path: Path, rows: npt.NDArray[np.int64]) -> dict[str,
     instances = _load_matrix(crm / "instances.npy")
     seen = table.any(axis=1)
     item_mean, item_std = _moments(table, np.flatnonzero(seen))
-    standard = np.zeros(table.shape, np.float32)
-    standard[seen] = (table[seen] - item_mean) / item_std
+    stacked = np.concatenate([table, *_fold_tables(crm, table.shape)])
+    known = stacked.any(axis=1)
+    standard = np.zeros(stacked.shape, np.float32)
+    standard[known] = (stacked[known] - item_mean) / item_std
     mean, std = _moments(instances, np.sort(rows))
     if not (np.isfinite(standard).all() and np.isfinite(mean).all() and np.isfinite(std).all()):
         raise ArtifactError(f"{crm}: the recommender's outputs are not finite; run `rellax crm`")
     save_file({"item_table": standard, "instance_mean": mean, "instance_std": std}, path)
     return {"item_width": table.shape[1], "instance_width": instances.shape[1]}
+
+
+def _fold_tables(crm: Path, shape: tuple[int, ...]) -> list[npt.NDArray[np.float32]]:
+    path = crm / "fold_tables.npy"
+    if not path.exists():
+        return []
+    tables = np.load(path, allow_pickle=False)
+    if tables.ndim != 3 or tables.shape[1:] != shape:
+        raise ArtifactError(
+            f"{path}: tables of {tables.shape[1:]}, not {shape}; run `rellax crm` again"
+        )
+    return list(tables)
 
 
 def _read_events(

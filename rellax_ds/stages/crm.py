@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rellax_ds.crm.export import export
 from rellax_ds.crm.features import Interactions, build_history
 from rellax_ds.crm.fit import fit
+from rellax_ds.crm.folds import out_of_fold
 from rellax_ds.stages.stage import Stage, StageContext
 from rellax_ds.tables import read_tables
 
@@ -24,8 +25,13 @@ def build(context: StageContext) -> dict[str, Any]:
     log = Interactions.of(read_tables(context.input("tables")))
     retrieval = context.input("retrieval") if recipe.crm.kind == "sim" else None
     history = build_history(log, recipe.crm, retrieval)
-    document = export(fit(log, history, recipe.crm, recipe.seed), log, context.directory)
-    return {
+    fitted = fit(log, history, recipe.crm, recipe.seed)
+    unseen = None
+    if recipe.crm.folds:
+        unseen = out_of_fold(log, history, recipe.crm, recipe.seed, fitted)
+    document = export(fitted, log, context.directory, unseen)
+    counts = {"folds": recipe.crm.folds} if recipe.crm.folds else {}
+    return counts | {
         "samples": log.num_samples,
         "trained_on": document["rows"]["train"],
         "epochs": len(document["epochs"]),
@@ -34,4 +40,4 @@ def build(context: StageContext) -> dict[str, Any]:
     }
 
 
-STAGE = Stage(name="crm", version=1, sections=("crm", "seed"), inputs=_inputs, build=build)
+STAGE = Stage(name="crm", version=2, sections=("crm", "seed"), inputs=_inputs, build=build)

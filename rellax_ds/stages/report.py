@@ -1,4 +1,4 @@
-"""Stage 8, report: scores, manifests and baselines to report.html and report.json."""
+"""Stage 8, report: scores, manifests and baselines to a page, the same as Markdown, and JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build(context: StageContext) -> dict[str, Any]:
 
 STAGE = Stage(
     name="report",
-    version=1,
+    version=2,
     # The page prints the whole recipe, so every section is part of it.
     sections=tuple(Recipe.model_fields),
     inputs=lambda _recipe: findings.INPUTS,

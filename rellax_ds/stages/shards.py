@@ -72,8 +72,9 @@ def build(context: StageContext) -> dict[str, Any]:
     tables, crm = context.input("tables"), context.input("crm")
     split_of = pool.read_splits(tables)
     holdout_start = pool.read_holdout_start(crm) if recipe.shards.train_from == "holdout" else None
-    rows = pool.choose_rows(split_of, recipe.shards, recipe.seed, holdout_start)
-    candidates = pool.training_candidates(split_of, recipe.shards, holdout_start)
+    folds = pool.read_folds(crm)
+    rows = pool.choose_rows(split_of, recipe.shards, recipe.seed, holdout_start, folds)
+    candidates = pool.training_candidates(split_of, recipe.shards, holdout_start, folds)
     facts: dict[str, Any] = write_scale(crm, context.directory / CRM, candidates)
     arguments = settings(context)
     builder = ShardWorker(**arguments).builder
@@ -115,7 +116,7 @@ def _facts(recipe: Recipe, builder: PromptBuilder) -> dict[str, Any]:
 
 STAGE = Stage(
     name="shards",
-    version=2,
+    version=3,
     sections=("shards", "model.backbone", "model.spa", "seed"),
     inputs=_inputs,
     build=build,

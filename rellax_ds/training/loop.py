@@ -165,12 +165,17 @@ class Loop:
     def _score(self) -> None:
         state = self.state
         self.engine.processes.at(f"the valid score after step {state.step}")
+        self.model.llm_alone = state.step == 0  # where it would be the recommender's score alone
         scores = score_split(
             self.engine, self.stream.valid(), self.stream.num_valid, self._leave_if_asked
         )
         if state.step == 0 and self.train.centre_logit:
-            shift = float(scores.logits.mean() - metrics.logit([self.stream.base_rate])[0])
+            wanted = metrics.logit([self.stream.base_rate])[0]
+            if self.model.residual is not None:
+                wanted = 0.0  # the recommender's logit holds the base rate
+            shift = float(scores.logits.mean() - wanted)
             scores = scores.shifted(self._set_centre(shift))
+        self.model.llm_alone = False
         found = scores.metrics()
         state.scored = state.step
         if state.step == 0:

@@ -17,13 +17,13 @@ from rellax_ds import metrics
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy.typing as npt
-
     from rellax_ds.shards.read import Sample
     from rellax_ds.training.score import Scores
 
-COLUMNS = ("step", "sample", "label", "probability", "prompt")
 SHOWN = 16
+"""Most prompts that are watched."""
+
+COLUMNS = ("step", "sample", "label", "probability", "prompt")
 
 
 class ScoredPrompts:
@@ -65,12 +65,6 @@ class ScoredPrompts:
                 self._prompts.items(), places, probabilities, strict=True
             )
         ]
-
-
-def spread(ids: npt.NDArray[np.int64], count: int = SHOWN) -> list[int]:
-    """Positions of at most `count` samples, spread evenly over the sorted ids."""
-    chosen = np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(np.int64)
-    return [int(position) for position in np.argsort(ids, kind="stable")[chosen]]
 
 
 def _texts(samples: Sequence[Sample], backbone: str) -> list[str]:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from rellax_ds import runtime
 from rellax_ds.errors import ShardError
 from rellax_ds.shards.collate import Collator
-from rellax_ds.shards.order import eval_batches, step_batches, steps_per_epoch
+from rellax_ds.shards.order import eval_batches, spread, step_batches, steps_per_epoch
 from rellax_ds.shards.read import ShardIndex, ShardReader
-from rellax_ds.training.scored import spread
+from rellax_ds.training.scored import SHOWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,7 +102,7 @@ class PromptStream:
 
     def watched(self) -> list[Sample]:
         """The few valid prompts whose scores are shown one by one."""
-        return [self._valid[position] for position in spread(self._valid.samples)]
+        return [self._valid[position] for position in spread(self._valid.samples, SHOWN)]
 
     def close(self) -> None:
         """Close the shards' files."""

@@ -77,5 +77,21 @@ def evidence(log: Log) -> Evidence:
             {"event": "step", "step": 3, "loss": 0.66},
             {"event": "valid", "step": 3, "auc": 0.722, "log_loss": 0.6, "accuracy": 0.6},
         ],
+        gates=[
+            {"layer": f"layers.{n}.self_attn.{kind}", "mean": 0.1 * n + 0.05, "std": 0.02}
+            for n in range(3)
+            for kind in ("q_proj", "v_proj")
+        ],
+        prompts=[
+            {
+                "event": "prompt",
+                "step": 0,
+                "sample": 7,
+                "prompt": "Seen <b>it</b>? Yes",
+                "label": 1,
+            },
+            {"event": "valid", "step": 0, "sample": 7, "label": 1, "probability": 0.444},
+            {"event": "valid", "step": 3, "sample": 7, "label": 1, "probability": 0.888},
+        ],
         manifests=manifests,
     )

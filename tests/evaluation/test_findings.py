@@ -78,12 +78,21 @@ def test_full_split_counts_every_test_row(evidence: Evidence) -> None:
     assert result(found, "crm")["n"] < test.size
 
 
-def test_user_groups_split_the_scored_test_rows(evidence: Evidence) -> None:
-    warm, cold = find(evidence)["user_groups"]
-    assert warm["n"] + cold["n"] == evidence.rows_of(2).size
-    known = set(evidence.user[evidence.log.split == 0].tolist())
-    cold_rows = [n for n in evidence.rows_of(2) if evidence.user[n] not in known]
-    assert cold["n"] == len(cold_rows)
+def test_groups_hold_every_scored_test_row_once_by_what_is_known_of_it(evidence: Evidence) -> None:
+    found = find(evidence)["groups"]
+    test, log = evidence.rows_of(2), evidence.log
+    assert [group["by"] for group in found] == ["user"] * 2 + ["history"] * 4 + ["target"] * 4
+    for by in ("user", "history", "target"):
+        assert sum(group["n"] for group in found if group["by"] == by) == test.size
+    count = {(group["by"], group["group"]): group["n"] for group in found}
+    known = set(evidence.user[log.split == 0].tolist())
+    assert count["user", "cold"] == sum(evidence.user[n] not in known for n in test)
+    length = (log.history_end - log.history_start)[test]
+    assert count["history", "20 to 49"] == ((length >= 20) & (length < 50)).sum()
+    item = log.event_item[log.event]
+    rows = [int((item[log.split == 0] == item[n]).sum()) for n in test]
+    assert count["target", "0"] == rows.count(0)
+    assert count["target", "100 and more"] == sum(n >= 100 for n in rows)
 
 
 def test_crm_sentence_tells_the_full_training_set(evidence: Evidence) -> None:
@@ -114,6 +123,25 @@ def test_crm_sentence_counts_held_out_rows_and_shots(evidence: Evidence) -> None
     )
     said = sentences(only_held)
     assert "drawn from the rows held out from the CRM; the CRM had been trained on none" in said
+
+
+def test_crm_sentence_tells_of_out_of_fold_features_and_shots_new_to_them(
+    evidence: Evidence,
+) -> None:
+    unseen = {"by": "user", "auc": 0.7421, "folds": [{}, {}, {}]}
+    said = sentences(replace(evidence, crm={"holdout_start": None, "out_of_fold": unseen}))
+    assert "3 further recommenders, trained without the row's fold of users" in said
+    assert "their AUC on the rows they did not see is .742" in said
+    assert "the CRM had been trained on none of them" in said
+    assert "The CRM saw the full training set" in said
+
+
+def test_statements_name_what_is_not_published(evidence: Evidence) -> None:
+    assert "not part of the published method" not in sentences(evidence)
+    other = with_recipe(evidence, model={"interaction_scope": "question", "residual": "crm"})
+    said = sentences(replace(other, residual_weight=0.1234))
+    assert "M(h) acts on the target's question only" in said
+    assert "plus 0.123 times the LLM's" in said
 
 
 def test_statements_follow_the_recipe(evidence: Evidence) -> None:

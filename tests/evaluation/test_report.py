@@ -13,6 +13,7 @@ import pytest
 from rellax_ds.config import parse_recipe
 from rellax_ds.evaluation import charts, report
 from rellax_ds.evaluation.findings import find
+from rellax_ds.evaluation.markdown import interval
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,7 +76,7 @@ def test_page_fetches_nothing_and_closes_every_element(evidence: Evidence, tmp_p
     assert re.search(r"url\((?!#)", html) is None
     assert "<script" not in html
     assert len(page.ids) == len(set(page.ids))
-    assert html.count("<svg") == 5
+    assert html.count("<svg") == 6
 
 
 def test_page_holds_every_figure_of_the_json(evidence: Evidence, tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_page_holds_every_figure_of_the_json(evidence: Evidence, tmp_path: Path)
     for row in document["differences"]:
         for metric in ("auc", "log_loss", "gauc"):
             assert plain(abs(row[metric]["value"])) in text
-    for group in document["user_groups"]:
+    for group in document["groups"]:
         assert f"{group['n']:,} rows, {group['users']:,} users" in text
     for sentence in document["statements"]["result"] + document["statements"]["protocol"]:
         assert " ".join(sentence.split()) in text
@@ -111,6 +112,9 @@ def test_page_holds_every_figure_of_the_json(evidence: Evidence, tmp_path: Path)
         "torch 2.13.0",
         "bootstrap: 60",
         "GroupLens Research",
+        "Liked: yes; probability .888, before training .444",
+        "Seen <b>it</b>? Yes",
+        "by 0.020 (standard deviation)",
     ):
         assert needed in text, needed
     assert all(f"{n} {stage['stage']}" in text for n, stage in enumerate(document["stages"], 1))
@@ -136,17 +140,31 @@ def test_page_escapes_what_people_write(evidence: Evidence, tmp_path: Path) -> N
     assert page.text.count("<script>alert(1)</script>") >= 4
 
 
+def test_markdown_holds_every_figure_and_no_prompt(evidence: Evidence, tmp_path: Path) -> None:
+    attack = "a|b <script> *bold*"
+    named = parse_recipe(evidence.recipe.model_dump(mode="json") | {"name": attack}, "test")
+    _, document = page_of(replace(evidence, recipe=named), tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for row in document["results"] + document["differences"]:
+        for metric in report.METRICS:
+            assert interval(row[metric]) in text
+    assert text.startswith("# a\\|b \\<script\\> \\*bold\\*\n")
+    assert "Seen" not in text
+    widths = {line.count(" | ") for line in text.splitlines() if line.startswith("| model | AUC")}
+    assert widths == {len(report.METRICS) + 1}
+
+
 def test_page_is_the_same_for_the_same_findings(evidence: Evidence, tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("a", "b")]
     for folder in folders:
         folder.mkdir()
         page_of(evidence, folder)
-    for name in ("report.html", "report.json"):
+    for name in ("report.html", "report.json", "report.md"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
 def test_page_without_curves_or_gauc_still_renders(evidence: Evidence, tmp_path: Path) -> None:
-    found = find(replace(evidence, training=[], heterogeneity={}))
+    found = find(replace(evidence, training=[], heterogeneity={}, gates=[]))
     for row in found["results"] + found["differences"]:
         row["gauc"] = None
     report.write(found, tmp_path)

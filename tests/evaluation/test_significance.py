@@ -36,6 +36,7 @@ def test_resample_equals_metrics_on_rows_repeated_by_user(ties: bool) -> None:
             "log_loss": log_loss(y, metrics.sigmoid(s)),
             "accuracy": np.mean((s > 0) == y),
             "gauc": metrics.gauc(copies, y, s).value,
+            "ndcg_10": metrics.ndcg(copies, y, s),
         }
         assert set(expected) == set(METRICS)
         for name, value in expected.items():

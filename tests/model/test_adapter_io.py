@@ -25,7 +25,9 @@ def scores(model: ReLLaX, batch: Batch) -> torch.Tensor:
         return model(**batch.tensors())[1]
 
 
-@pytest.mark.parametrize("fields", [{}, {"interaction": "identity", "spa": False}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"interaction": "identity", "spa": False}, {"residual": "crm"}]
+)
 def test_adapter_saved_and_loaded_gives_equal_scores(
     build: Callable[..., ReLLaX],
     backbones: dict[str, Path],
@@ -35,6 +37,8 @@ def test_adapter_saved_and_loaded_gives_equal_scores(
 ) -> None:
     model = build(spa_bottleneck=7, **fields) if not fields else build(**fields)
     model.centre.fill_(-1.25)
+    if model.residual is not None:
+        torch.nn.init.constant_(model.residual.weight, 0.7)
     adapter_io.save(model, tmp_path / "adapter")
     loaded = adapter_io.load(tmp_path / "adapter", str(backbones["llama"]))
     assert not loaded.training

@@ -51,8 +51,9 @@ class Inputs:
         """Stage 5 without Ray; `reverse` processes the partitions in the opposite order."""
         folder.mkdir(parents=True)
         split_of = pool.read_splits(self.root / "1_tables")
-        rows = pool.choose_rows(split_of, config, SEED, None)
-        candidates = pool.training_candidates(split_of, config, None)
+        folds = pool.read_folds(self.root / "4_crm")
+        rows = pool.choose_rows(split_of, config, SEED, None, folds)
+        candidates = pool.training_candidates(split_of, config, None, folds)
         scale = folder / "crm.safetensors"
         facts: dict[str, Any] = write_scale(self.root / "4_crm", scale, candidates)
         mixed = config.history in pool.MIXED

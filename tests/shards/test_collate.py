@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +50,24 @@ def test_collate_equals_a_sample_by_sample_reading(shards: Path, weight: float) 
     assert batch.sample_ids.tolist() == [sample.id for sample in samples]
     assert batch.users.tolist() == [sample.facts["user"] for sample in samples]
     np.testing.assert_array_equal(batch.instance.numpy(), [sample.instance for sample in samples])
+    logits = np.array([sample.facts["crm_logit"] for sample in samples], np.float32)
+    np.testing.assert_array_equal(batch.crm_logits.numpy(), logits)
+
+
+def test_collate_question_starts_after_the_answer_to_the_last_question_of_the_history(
+    shards: Path,
+) -> None:
+    reader = ShardReader.open(shards, "train")
+    unasked = reader[7].tokens.copy()
+    unasked[2, :-1] = -1
+    empty = replace(reader[7], tokens=unasked)
+    chosen = [empty, reader[3], empty, reader[40]]
+    starts = Collator(reader.index)(chosen).question_starts.tolist()
+    assert starts[0] == starts[2] == 0
+    for sample, start in zip(chosen, starts, strict=True):
+        answers = np.flatnonzero(sample.tokens[2] >= 0)
+        assert start == (answers[-2] + 2 if len(answers) > 1 else 0)
+        assert start < sample.tokens.shape[1]
 
 
 def test_collate_gives_the_types_the_batch_promises(shards: Path) -> None:
@@ -60,8 +79,9 @@ def test_collate_gives_the_types_the_batch_promises(shards: Path) -> None:
         "instance",
         "answer_labels",
         "answer_weights",
+        "crm_logits",
     }
-    assert len(whole) == 7
+    assert len(whole) == 8
     assert batch.slot_vectors.shape == (len(batch.slot_positions), reader.index.item_width)
     assert batch.instance.shape == (1, reader.index.instance_width)
 

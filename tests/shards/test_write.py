@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from rellax_ds.errors import ArtifactError, ConfigError, TableError
 from rellax_ds.partitions import Partition, process
 from rellax_ds.prompts.render import display_name
 from rellax_ds.shards import pool, write
-from rellax_ds.shards.read import MEMBERS, ShardReader
+from rellax_ds.shards.read import MEMBERS, ShardIndex, ShardReader
 from rellax_ds.shards.write import ShardWorker, write_scale
 
 if TYPE_CHECKING:
@@ -166,6 +167,37 @@ def test_item_table_is_standardised_over_seen_items(inputs: Any, shards: Path) -
     np.testing.assert_allclose(table[1:-1].mean(0), 0, atol=1e-6)
     np.testing.assert_allclose(table[1:-1].std(0), 1, rtol=1e-5)
     assert not table[[0, -1]].any()
+
+
+def test_folds_of_the_recommender_choose_the_item_vectors_and_the_rows(
+    inputs: Any, tmp_path: Path
+) -> None:
+    root = tmp_path / "inputs"
+    shutil.copytree(inputs.root, root)
+    crm = root / "4_crm"
+    split = inputs.tables.samples["split"].to_numpy()
+    fold = np.where(split == 0, np.arange(len(split)) % 3 - 1, -1).astype(np.int8)
+    table = np.load(crm / "item_table.npy")
+    stacked = np.stack([table * factor for factor in (2.0, 3.0)]).astype(np.float32)
+    stacked[1, 5] = 0.0  # item 4 is new to the second fold's recommender
+    np.save(crm / "folds.npy", fold)
+    np.save(crm / "fold_tables.npy", stacked)
+    folded = type(inputs)(root, inputs.tables)
+    folded.write(tmp_path / "shards", ShardsConfig(train_rows=60, valid_rows=9, test_rows=9))
+    index = ShardIndex.open(tmp_path / "shards")
+    height = len(table)
+    assert index.item_table.shape == (3 * height, table.shape[1])
+    for name in ("train", "test"):
+        reader = ShardReader.open(tmp_path / "shards", name)
+        for n in range(len(reader)):
+            own = fold[reader[n].id]
+            assert own >= 0 or name == "test", "a row the recommender was trained on is a shot"
+            slots = reader[n].tokens[1]
+            known = slots[slots >= 0]
+            part = known[known % height > 0]
+            assert set((part // height).tolist()) <= {own + 1}
+            assert not (own == 1 and height * 2 + 5 in part)
+            assert not index.item_table[known[known % height == 0]].any()
 
 
 def test_index_states_lengths_labels_and_statistics(shards: Path) -> None:

@@ -26,6 +26,11 @@ from rellax_ds.testing import made_recommender, tiny_recipe
 if TYPE_CHECKING:
     from pathlib import Path
 
+SCORED = [
+    {"event": "prompt", "step": 0, "sample": 3, "prompt": "Seen it?", "label": 1},
+    {"event": "valid", "step": 0, "sample": 3, "label": 1, "probability": 0.4},
+    {"event": "valid", "step": 1, "sample": 3, "label": 1, "probability": 0.6},
+]
 LOG = [
     {"event": "valid", "step": 0, "auc": 0.51, "log_loss": 0.7, "accuracy": 0.5},
     {"event": "step", "step": 1, "loss": 0.7},
@@ -60,7 +65,9 @@ def save_adapter(recipe: Recipe, index: ShardIndex, folder: Path) -> None:
             if parameter.requires_grad:
                 parameter.normal_(0, 0.3)
     adapter_io.save(model, folder / "adapter")
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
+    for name, lines in (("log", LOG), ("scored", SCORED)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text)
 
 
 def write_shards(recipe: Recipe, work: WorkDir) -> None:

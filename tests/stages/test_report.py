@@ -45,7 +45,7 @@ def test_report_stage_writes_the_page_and_the_numbers(run: Run) -> None:
         STAGE.run(recipe, work)
     table = commit_predictions(work)
     manifest = STAGE.run(recipe, work)
-    assert set(manifest.files) == {"report.html", "report.json"}
+    assert set(manifest.files) == {"report.html", "report.json", "report.md"}
     found = json.loads((work.stage_dir("report") / "report.json").read_text())
     test = table["split"].to_numpy() == 2
     auc = metrics.auc(table["label"].to_numpy()[test], table["logit"].to_numpy()[test])

@@ -14,10 +14,11 @@ from benchmarks import loader
 from benchmarks.report import Report
 from rellax_ds.config import load_recipe
 from rellax_ds.errors import ShardError
+from rellax_ds.shards.order import spread
 from rellax_ds.shards.read import Sample, ShardReader
 from rellax_ds.testing import tiny_tokenizer
 from rellax_ds.training.score import Scores
-from rellax_ds.training.scored import ScoredPrompts, spread
+from rellax_ds.training.scored import ScoredPrompts
 from rellax_ds.training.stream import PromptStream
 
 if TYPE_CHECKING:

@@ -109,6 +109,12 @@ def adapter_tensors(llm: Any, adapter_name: str = ADAPTER) -> dict[str, torch.Te
     return state
 
 
+def adapted_layers(llm: Any) -> list[str]:
+    """Names of the adapted layers, in the order of their gates: `layers.3.self_attn.q_proj`."""
+    found = [name for name, m in llm.named_modules() if isinstance(m, CFLoraLinear)]
+    return [name.removeprefix("base_model.model.").removeprefix("model.") for name in found]
+
+
 def settings_document(config: LoraConfig) -> dict[str, Any]:
     """An adapter's configuration as `adapter_config.json` holds it."""
     document: dict[str, Any] = config.to_dict()

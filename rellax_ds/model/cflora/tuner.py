@@ -79,7 +79,8 @@ class CFLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is untyped
         Args:
             instance: h, [S, H]; row b belongs to sample b of the batch that is then run.
             rows: Which sample owns each token, where the batch is packed (`Rows.from_lengths`,
-                `Rows.from_ids`); by default it is padded, [S, L].
+                `Rows.from_ids`); by default it is padded, [S, L]. Rows of S + 1 samples: the last
+                one's tokens get M = I, plain LoRA.
 
         Raises:
             ConfigError: An active adapter was made for another width of h.
@@ -95,7 +96,8 @@ class CFLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is untyped
                     f"{instance.shape[-1]}; use the recommender it was trained with"
                 )
             interaction = cast("StackedInteraction", self.cflora_interaction[name])
-            gates[name] = interaction.per_layer(instance)
+            plain = rows is not None and rows.samples == len(instance) + 1
+            gates[name] = interaction.per_layer(instance, plain)
         return self.context.set(Conditions(gates, rows))
 
     def activation_checkpointing_enable(

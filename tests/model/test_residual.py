@@ -1,0 +1,121 @@
+"""The LLM beside the recommender's logit, and gates that act on the question only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from tiny_models import FAMILIES
+
+from rellax_ds.errors import ConfigError
+from rellax_ds.model.rellax import trainable_groups
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rellax_ds.batch import Batch
+    from rellax_ds.model.rellax import ReLLaX
+
+
+def scores(model: ReLLaX, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch.tensors())[1]
+
+
+def loss_of(model: ReLLaX, batch: Batch, history: bool) -> torch.Tensor:
+    """The loss of the history's own answers, or of the targets."""
+    weights = torch.full_like(batch.answer_weights, float(history))
+    weights[batch.target_index] = float(not history)
+    return model(**replace(batch, answer_weights=weights).tensors())[0]
+
+
+def gradients(model: ReLLaX, loss: torch.Tensor) -> dict[str, float]:
+    """Largest gradient of every group."""
+    model.zero_grad()
+    loss.backward()
+    groups = trainable_groups(model)
+    return {
+        group: max(0.0 if p.grad is None else float(p.grad.abs().max()) for p in found.values())
+        for group, found in groups.items()
+    }
+
+
+def test_residual_starts_as_the_recommender_to_the_bit(
+    build: Callable[..., ReLLaX], batch: Batch
+) -> None:
+    model = build(residual="crm").eval()
+    assert torch.equal(scores(model, batch), batch.crm_logits)
+    model.llm_alone = True
+    assert torch.equal(scores(model, batch), scores(build().eval(), batch))
+
+
+def test_residual_adds_the_weighted_logit_of_the_llm(
+    build: Callable[..., ReLLaX], batch: Batch
+) -> None:
+    model = build(residual="crm").eval()
+    torch.nn.init.constant_(model.residual.weight, 0.25)
+    model.centre.fill_(0.5)
+    alone = build().eval()
+    alone.centre.fill_(0.5)
+    expected = batch.crm_logits + 0.25 * scores(alone, batch)
+    torch.testing.assert_close(scores(model, batch), expected)
+
+
+def test_residual_of_zero_learns_its_weight_first_and_the_llm_from_the_history(
+    build: Callable[..., ReLLaX], batch: Batch
+) -> None:
+    model = build(residual="crm")
+    of_target = gradients(model, loss_of(model, batch, history=False))
+    assert of_target["residual"] > 0
+    assert of_target["factors"] == of_target["interaction"] == of_target["spa"] == 0
+    of_history = gradients(model, loss_of(model, batch, history=True))
+    assert of_history["residual"] == 0
+    assert of_history["factors"] > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_question_scope_reads_the_history_as_plain_lora_and_the_question_with_the_gates(
+    build: Callable[..., ReLLaX], batch: Batch, family: str
+) -> None:
+    model = build(family, interaction_scope="question")
+    of_history = gradients(model, loss_of(model, batch, history=True))
+    assert of_history["interaction"] == 0, "the history's answers reach the gates"
+    assert of_history["factors"] > 0
+    assert gradients(model, loss_of(model, batch, history=False))["interaction"] > 0
+    other = replace(batch, instance=torch.randn_like(batch.instance))
+    assert loss_of(model, batch, True) == loss_of(model, other, True)
+    assert loss_of(model, batch, False) != loss_of(model, other, False)
+
+
+def test_question_scope_of_prompts_without_history_is_the_scope_of_the_prompt(
+    build: Callable[..., ReLLaX], batch: Batch
+) -> None:
+    whole = replace(batch, question_starts=torch.zeros(3, dtype=torch.int64))
+    found = scores(build(interaction_scope="question").eval(), whole)
+    torch.testing.assert_close(found, scores(build().eval(), batch), rtol=0, atol=1e-6)
+
+
+def test_question_scope_recomputed_under_checkpointing_gives_equal_gradients(
+    build: Callable[..., ReLLaX], batch: Batch
+) -> None:
+    found = []
+    for checkpointed in (False, True):
+        model = build(interaction_scope="question", residual="crm").train()
+        torch.nn.init.constant_(model.residual.weight, 0.5)
+        if checkpointed:
+            model.enable_gradient_checkpointing()
+        model(**batch.tensors())[0].backward()
+        found.append([p.grad for group in trainable_groups(model).values() for p in group.values()])
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_question_scope_of_a_body_that_needs_padding_is_refused(
+    build: Callable[..., ReLLaX], batch: Batch
+) -> None:
+    model = build(interaction_scope="question")
+    model.backbone.set_attn_implementation("sdpa")
+    with pytest.raises(ConfigError, match="interaction_scope question"):
+        model(**batch.tensors())

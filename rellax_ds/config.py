@@ -29,6 +29,11 @@ _MAX_RECIPE_BYTES = 1 << 20
 _MAX_DEPTH = 50
 
 
+CRMKind = Literal[
+    "din", "sim", "sim_full", "dien", "sasrec", "gru4rec", "caser", "deepfm", "dcnv2", "autoint"
+]
+
+
 class EmbeddingsConfig(Section):
     """Stage 2: how an item's text becomes a unit vector."""
 
@@ -67,8 +72,8 @@ class RetrievalConfig(Section):
 class CRMConfig(Section):
     """Stage 4: the conventional recommender whose embeddings feed SPA and CFLoRA."""
 
-    kind: Literal["din", "sim"] = Field(
-        default="din", description="DIN on recent history, or SIM: DIN on retrieved history."
+    kind: CRMKind = Field(
+        default="din", description="See docs/recommenders.md; sim is DIN on retrieved history."
     )
     history_length: PositiveInt = Field(default=30, description="Behaviours the recommender reads.")
     user_id_field: bool = Field(
@@ -83,6 +88,18 @@ class CRMConfig(Section):
     hidden_dim: PositiveInt = 64
     num_hidden_layers: PositiveInt = 2
     num_attention_layers: PositiveInt = 1
+    num_heads: PositiveInt = Field(default=2, description="Of sasrec, autoint and sim_full.")
+    num_blocks: PositiveInt = Field(
+        default=2, description="Repeated layers of sasrec, gru4rec, dcnv2 and autoint."
+    )
+    search: Literal["hard", "soft"] = Field(
+        default="hard", description="sim_full's search: same category, or a learned product."
+    )
+    search_field: str = Field(default="genre", description="Item column that is the category.")
+    search_length: PositiveInt = Field(default=10, description="Behaviours the search leaves.")
+    auxiliary_weight: Annotated[float, Field(ge=0.0)] = Field(
+        default=1.0, description="Weight of the losses that dien and the soft search have."
+    )
     dropout: Fraction = 0.1
     learning_rate: PositiveFloat = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
@@ -98,6 +115,24 @@ class CRMConfig(Section):
     instance_embedding: Literal["final", "hidden", "user"] = Field(
         default="final", description="Which activation is h."
     )
+
+    @model_validator(mode="after")
+    def _kind_defined(self) -> CRMConfig:
+        if self.kind in {"sasrec", "autoint", "sim_full"} and self.embedding_dim % self.num_heads:
+            raise ValueError(
+                f"embedding_dim {self.embedding_dim} is no multiple of num_heads {self.num_heads}"
+            )
+        if self.kind == "sim_full" and self.search_length > self.history_length:
+            raise ValueError(
+                f"search_length {self.search_length} is more than the history_length "
+                f"{self.history_length} that is searched"
+            )
+        return self
+
+    @property
+    def searches_by_category(self) -> bool:
+        """Whether the recommender compares categories."""
+        return self.kind == "sim_full" and self.search == "hard"
 
 
 class ShardsConfig(Section):

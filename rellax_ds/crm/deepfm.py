@@ -43,5 +43,5 @@ class DeepFM(Recommender):
     def _first_order(self, batch: FeatureBatch, mask_BK: torch.Tensor) -> torch.Tensor:
         fields_B: torch.Tensor = self.first_order(batch.fields).sum((1, 2))
         behaviours_BK = (self.first_order(batch.items) + self.first_order(batch.ratings)).squeeze(2)
-        history_B = (behaviours_BK * mask_BK).sum(1) / mask_BK.sum(1).clamp_min(1)
+        history_B: torch.Tensor = (behaviours_BK * mask_BK).sum(1) / mask_BK.sum(1).clamp_min(1)
         return fields_B + history_B

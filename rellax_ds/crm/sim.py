@@ -114,12 +114,15 @@ class SIM(Recommender):
         picked_BS = relevance_BK.topk(size, dim=1).indices
         long_BE = self.exact_search(
             view.target,
-            view.behaviours.gather(1, picked_BS.unsqueeze(2).expand(-1, -1, a.embedding_dim)),
+            _at(view.behaviours, picked_BS),
             view.batch.gaps.gather(1, picked_BS),
             found_BK.gather(1, picked_BS).to(view.mask.dtype),
         )
-        latest_BK = view.mask * (places_from_last(view.mask) < a.search_length)
-        short_BE = view.pool(self.attention(view.target, view.behaviours) * latest_BK)
+        latest_BS = (places_from_last(view.mask)[:, :1] - torch.arange(size)).clamp_min(0)
+        behaviours_BSE = _at(view.behaviours, latest_BS)
+        mask_BS = view.mask.sum(1, keepdim=True) > torch.arange(size)
+        weights_BS = self.attention(view.target, behaviours_BSE) * mask_BS
+        short_BE = torch.bmm(weights_BS.unsqueeze(1), behaviours_BSE).squeeze(1)
         return Reading(
             long_BE,
             torch.cat([view.fields.flatten(1), long_BE, short_BE], dim=1),
@@ -136,3 +139,8 @@ class SIM(Recommender):
             )
         wanted_B1 = view.batch.fields[:, field].unsqueeze(1)
         return (categories_BK == wanted_B1) & (wanted_B1 > 0) & view.batch.mask
+
+
+def _at(behaviours_BKE: torch.Tensor, places_BS: torch.Tensor) -> torch.Tensor:
+    """Behaviours at these places, [B, S, E]."""
+    return behaviours_BKE[torch.arange(len(places_BS)).unsqueeze(1), places_BS]

@@ -1,10 +1,10 @@
 """Every kind of recommender on MovieLens-100K: AUC and LogLoss on all valid and test rows.
 
 One recipe's split and settings, one training loop of a few epochs, of which the best on valid is
-kept; test rows are scored once. Only what a kind is about differs: `sim` reads SUBR's histories, `sim_full` searches a
-history of 100 behaviours. The gate: every kind ranks all test rows better than chance, with its
-whole interval, and a second training of the first kind gives the same logits. Figures end the
-output, one a line: FIGURE name value.
+kept; test rows are scored once. Only what a kind is about differs: `sim` reads SUBR's histories,
+`sim_full` searches a history of 100 behaviours. The gate: every kind ranks all test rows better
+than chance, with its whole interval, and a second training of the first kind gives the same logits.
+Figures end the output, one a line: FIGURE name value.
 """
 
 from __future__ import annotations

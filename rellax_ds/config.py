@@ -20,6 +20,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from rellax_ds.crm_config import CRMConfig as CRMConfig
+from rellax_ds.crm_config import CRMKind as CRMKind
 from rellax_ds.data_config import DataConfig as DataConfig
 from rellax_ds.errors import ConfigError
 from rellax_ds.family import Head, Init, InteractionSpec, Kind
@@ -62,63 +64,6 @@ class RetrievalConfig(Section):
     heterogeneity_at: tuple[PositiveInt, ...] = Field(
         default=(5, 10, 15, 20, 25, 30), description="K at which it is reported."
     )
-
-
-class CRMConfig(Section):
-    """Stage 4: the conventional recommender whose embeddings feed SPA and CFLoRA."""
-
-    kind: Literal["din", "sim"] = Field(
-        default="din", description="DIN on recent history, or SIM: DIN on retrieved history."
-    )
-    history_length: PositiveInt = Field(default=30, description="Behaviours the recommender reads.")
-    user_id_field: bool = Field(
-        default=False,
-        description="Give the user id an embedding; useless for users unseen in train.",
-    )
-    identifier_share: Fraction = Field(
-        default=0.5,
-        description="A column with more distinct values per row is an identifier and is not read.",
-    )
-    embedding_dim: PositiveInt = 32
-    hidden_dim: PositiveInt = 64
-    num_hidden_layers: PositiveInt = 2
-    num_attention_layers: PositiveInt = 1
-    dropout: Fraction = 0.1
-    learning_rate: PositiveFloat = 1e-3
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    batch_size: PositiveInt = 256
-    max_epochs: PositiveInt = 10
-    patience: PositiveInt = Field(
-        default=2, description="Epochs without a better valid AUC before training stops."
-    )
-    holdout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        default=0.0,
-        description="Latest share of train kept from the recommender: rows the LLM can learn on.",
-    )
-    folds: Annotated[int, Field(ge=0, le=100)] = Field(
-        default=0,
-        description="Give a training row what a recommender that did not see it says: so many more "
-        "are trained, each without its fold. 0: all rows come from the one.",
-    )
-    fold_by: Literal["user", "time"] = Field(
-        default="user",
-        description="Folds of whole users, or blocks of time, each scored by a recommender of the "
-        "earlier ones (the first block is not used then).",
-    )
-    instance_embedding: Literal["final", "hidden", "user"] = Field(
-        default="final", description="Which activation is h."
-    )
-
-    @model_validator(mode="after")
-    def _folds_defined(self) -> CRMConfig:
-        if self.folds == 1:
-            raise ValueError("folds 1 leaves nothing to train on; use at least 2, or 0 for none")
-        if self.folds and self.holdout:
-            raise ValueError(
-                f"folds {self.folds} and holdout {self.holdout:g} both keep rows from the "
-                "recommender; use one of them"
-            )
-        return self
 
 
 class ShardsConfig(Section):

@@ -17,6 +17,7 @@ FLOORS = {
     "section": 1,
     "family": 1,
     "plugin": 1,
+    "crm_config": 1,
     "data_config": 1,
     "config": 1,
     "recipes": 1,

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import accuracy_score, ndcg_score, roc_auc_score
 from sklearn.metrics import log_loss as sklearn_log_loss
-from sklearn.metrics import ndcg_score, roc_auc_score
 
 from rellax_ds import metrics
 from rellax_ds.errors import TableError
@@ -58,6 +59,22 @@ def test_log_loss_equals_sklearn_and_survives_huge_logits() -> None:
     assert metrics.log_loss(LABELS, SCORES) == pytest.approx(sklearn_log_loss(LABELS, p), abs=1e-12)
     assert metrics.log_loss([1, 0], [800.0, -800.0]) == 0.0
     assert metrics.log_loss([0, 1], [800.0, -800.0]) == 800.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows)
+def test_log_loss_accuracy_and_reliability_of_any_rows_equal_sklearn(
+    found: list[tuple[int, int, int]],
+) -> None:
+    labels, scores, _ = np.array(found).T
+    logits = scores / 3 + 0.01  # off the middle, and off the edges of bins
+    p = metrics.sigmoid(logits)
+    assert metrics.log_loss(labels, logits) == pytest.approx(sklearn_log_loss(labels, p), abs=1e-12)
+    assert metrics.accuracy(labels, logits) == accuracy_score(labels, p > 0.5)
+    share, mean = calibration_curve(labels, p, n_bins=10)
+    bins = metrics.reliability(labels, logits, 10)
+    assert bins.share_positive == pytest.approx(share, abs=1e-12)
+    assert bins.mean_probability == pytest.approx(mean, abs=1e-12)
 
 
 def test_accuracy_counts_probability_one_half_as_no() -> None:

@@ -1,94 +1,24 @@
 """DIN: a click model that weighs a user's behaviours by their relation to the target item.
 
-Zhou et al. 2018, in the form ReLLaX trains: one embedding table for all features, a behaviour is
-its item and rating together, attention weights are masked but not softmaxed (their sum may say how
-much of the history matters), and the last hidden activation is the instance embedding h. SIM is the
-same network fed with retrieved behaviours.
+Zhou et al. 2018, in the form ReLLaX trains: attention weights are masked but not softmaxed (their
+sum may say how much of the history matters), and the last hidden activation is the instance
+embedding h. The kind `sim` is the same network fed with retrieved behaviours.
 
-Shapes: B samples, F fields, K behaviours, E embedding width, A attention width, H hidden width.
+Shapes: B samples, F fields, K behaviours, E embedding width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rellax_ds.crm.network import Reading, Recommender
+
 if TYPE_CHECKING:
-    from rellax_ds.config import CRMConfig
-    from rellax_ds.crm.features import FeatureBatch, Vocabulary
-
-_EMBEDDING_STD = 0.01
-"""Small, so that a rarely seen item starts, and stays, close to the unseen item's zero row."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Everything that fixes the network's parameters.
-
-    Attributes:
-        num_features: Rows of the embedding table; row 0 is padding and stays zero.
-        num_items: Rows 1 to `num_items` are the items.
-        num_fields: F.
-        item_field: Position of the target item in the fields; the user's fields come before it.
-        embedding_dim: E.
-        hidden_dim: H, and A.
-        num_hidden_layers: Layers between the concatenated input and the logit.
-        num_attention_layers: Hidden layers of the attention.
-        dropout: Probability, in the hidden layers and during training only.
-        instance: Which activation is h.
-    """
-
-    num_features: int
-    num_items: int
-    num_fields: int
-    item_field: int
-    embedding_dim: int
-    hidden_dim: int
-    num_hidden_layers: int
-    num_attention_layers: int
-    dropout: float
-    instance: Literal["final", "hidden", "user"]
-
-    @classmethod
-    def of(cls, config: CRMConfig, vocabulary: Vocabulary) -> Architecture:
-        """The network a recipe asks for over a vocabulary."""
-        return cls(
-            num_features=vocabulary.num_features,
-            num_items=vocabulary.num_items,
-            num_fields=vocabulary.num_fields,
-            item_field=vocabulary.item_field,
-            embedding_dim=config.embedding_dim,
-            hidden_dim=config.hidden_dim,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_layers=config.num_attention_layers,
-            dropout=config.dropout,
-            instance=config.instance_embedding,
-        )
-
-    @property
-    def instance_dim(self) -> int:
-        """Width of h."""
-        if self.instance == "final":
-            return self.hidden_dim
-        fields = self.num_fields if self.instance == "hidden" else self.item_field
-        return (fields + 1) * self.embedding_dim
-
-
-class Score(NamedTuple):
-    """What DIN says about B samples.
-
-    Attributes:
-        logit: float32 [B], log-odds of a like.
-        instance: float32 [B, width of h].
-    """
-
-    logit: torch.Tensor
-    instance: torch.Tensor
+    from rellax_ds.crm.network import Architecture, View
 
 
 class Attention(nn.Module):
@@ -118,45 +48,17 @@ class Attention(nn.Module):
         return weights
 
 
-class DIN(nn.Module):
+class DIN(Recommender):
     """Deep Interest Network over ids."""
 
     def __init__(self, architecture: Architecture) -> None:
-        """Build the network with small random embeddings; row 0 of the table is zero and fixed."""
-        super().__init__()
-        self.architecture = a = architecture
-        self.table = nn.Embedding(a.num_features, a.embedding_dim, padding_idx=0)
-        self.behaviour = nn.Linear(2 * a.embedding_dim, a.embedding_dim)
+        """Build the network."""
+        super().__init__(architecture)
+        a = architecture
         self.attention = Attention(a.embedding_dim, a.hidden_dim, a.num_attention_layers)
-        widths = [(a.num_fields + 1) * a.embedding_dim, *[a.hidden_dim] * a.num_hidden_layers]
-        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
-        self.logit = nn.Linear(a.hidden_dim, 1)
-        with torch.no_grad():
-            self.table.weight.normal_(std=_EMBEDDING_STD)[0].zero_()
+        self.add_tower((a.num_fields + 1) * a.embedding_dim)
 
-    def forward(self, batch: FeatureBatch) -> Score:
-        """Score B samples; a padded behaviour has no influence, whatever its ids."""
-        a = self.architecture
-        fields_BFE = self.table(batch.fields)
-        mask_BK = batch.mask.to(fields_BFE.dtype)
-        pairs = torch.cat([self.table(batch.items), self.table(batch.ratings)], dim=2)
-        behaviours_BKE = F.relu(self.behaviour(pairs))
-        weights_BK = self.attention(fields_BFE[:, a.item_field], behaviours_BKE) * mask_BK
-        pooled_BE = torch.bmm(weights_BK.unsqueeze(1), behaviours_BKE).squeeze(1)
-        inputs = torch.cat([fields_BFE.flatten(1), pooled_BE], dim=1)
-        hidden = inputs
-        for layer in self.hidden:
-            hidden = F.dropout(F.relu(layer(hidden)), a.dropout, self.training)
-        logit = self.logit(hidden).squeeze(1)
-        if a.instance == "final":
-            return Score(logit, hidden)
-        if a.instance == "hidden":
-            return Score(logit, inputs)
-        count = mask_BK.sum(1, keepdim=True).clamp_min(1)
-        mean_BE = torch.bmm(mask_BK.unsqueeze(1), behaviours_BKE).squeeze(1) / count
-        user = fields_BFE[:, : a.item_field].flatten(1)
-        return Score(logit, torch.cat([user, mean_BE], dim=1))
-
-    def item_table(self) -> torch.Tensor:
-        """Item embeddings [num_items + 1, E]; row 0 is zero, item i is row i + 1."""
-        return self.table.weight.detach()[: self.architecture.num_items + 1]
+    def read(self, view: View) -> Reading:
+        """Sum the behaviours by their weights; fields and sum lie side by side."""
+        pooled_BE = view.pool(self.attention(view.target, view.behaviours) * view.mask)
+        return Reading(pooled_BE, torch.cat([view.fields.flatten(1), pooled_BE], dim=1))

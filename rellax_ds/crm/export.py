@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save
 
 from rellax_ds import metrics, runtime
 from rellax_ds.artifacts import write_bytes, write_json
-from rellax_ds.crm.din import DIN, Architecture
 from rellax_ds.crm.features import Vocabulary
 from rellax_ds.crm.fit import score
+from rellax_ds.crm.kinds import build
+from rellax_ds.crm.network import Architecture
 from rellax_ds.errors import ArtifactError
 from rellax_ds.schema import SPLITS
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rellax_ds.crm.features import IntArray, Interactions
     from rellax_ds.crm.fit import Fitted
     from rellax_ds.crm.folds import OutOfFold
+    from rellax_ds.crm.network import Recommender
 
 ITEM_TABLE = "item_table.npy"
 """float32 [num_items + 1, E]; item i is row i + 1, unseen items and row 0 are zero."""
@@ -90,14 +92,14 @@ def export(
     return document
 
 
-def load(directory: Path) -> tuple[DIN, Vocabulary]:
+def load(directory: Path) -> tuple[Recommender, Vocabulary]:
     """Rebuild the recommender that `export` wrote, in eval mode.
 
     Raises:
-        ArtifactError: The weights do not fit the described network.
+        ArtifactError: The kind is unknown, or the weights do not fit the described network.
     """
     document = json.loads((directory / "model.json").read_text(encoding="utf-8"))
-    model = DIN(Architecture(**document["architecture"]))
+    model = build(Architecture(**document["architecture"]))
     try:
         model.load_state_dict(load_file(directory / "model.safetensors"))
     except RuntimeError as error:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from rellax_ds.errors import TableError
+from rellax_ds.errors import ConfigError, TableError
 from rellax_ds.schema import RETRIEVED, SPLITS
 from rellax_ds.tables import read_parquet
 
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     BoolArray = NDArray[np.bool_]
 
 
+NUM_GAPS = 40
+"""Ages of behaviours: id n is 2^(n-1) - 1 to 2^n - 2 seconds, so the last begins at 8,700 years."""
+
+
 class FeatureBatch(NamedTuple):
     """Ids of B samples; F fields, K behaviours (right-padded, oldest first).
 
@@ -45,12 +49,18 @@ class FeatureBatch(NamedTuple):
         items: int64 [B, K], items of the history; 0 also for an item unseen in training.
         ratings: int64 [B, K], ratings of the history.
         mask: bool [B, K], True for a behaviour, False for padding.
+        gaps: int64 [B, K] in [0, NUM_GAPS), age of each behaviour at the target's time on a scale
+            of powers of two, 0 for padding; None without event times.
+        categories: int64 [B, K], ids of the history in the field `Vocabulary.category`; None
+            without one.
     """
 
     fields: torch.Tensor
     items: torch.Tensor
     ratings: torch.Tensor
     mask: torch.Tensor
+    gaps: torch.Tensor | None = None
+    categories: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class Vocabulary:
         user_fields: Column of `users` to its values.
         item_fields: Column of `items` to its values.
         ratings: Ratings of the history, doubled so that half stars are integers.
+        category: Item field that the hard search of `sim_full` compares, if it searches.
     """
 
     num_items: int
@@ -70,6 +81,7 @@ class Vocabulary:
     user_fields: dict[str, tuple[str, ...]]
     item_fields: dict[str, tuple[str, ...]]
     ratings: tuple[int, ...]
+    category: str | None = None
 
     @property
     def num_features(self) -> int:
@@ -87,6 +99,13 @@ class Vocabulary:
         """Position of the target item among the F fields; the user's come before it."""
         return len(self.user_fields)
 
+    @property
+    def category_field(self) -> int | None:
+        """Position of the target's category among the F fields."""
+        if self.category is None:
+            return None
+        return self.item_field + 1 + list(self.item_fields).index(self.category)
+
     def document(self) -> dict[str, Any]:
         """The vocabulary as JSON, columns as a list because their order gives the ids."""
         columns = {"user_fields": self.user_fields, "item_fields": self.item_fields}
@@ -102,6 +121,7 @@ class Vocabulary:
             user_fields={name: tuple(values) for name, values in document["user_fields"]},
             item_fields={name: tuple(values) for name, values in document["item_fields"]},
             ratings=tuple(document["ratings"]),
+            category=document.get("category"),
         )
 
 
@@ -120,6 +140,8 @@ class Interactions:
         split: int8 [N], position in `schema.SPLITS`.
         history_start: int64 [N].
         history_end: int64 [N], first event that is not history.
+        event_time: int64 [num_events], seconds.
+        sample_time: int64 [N], seconds.
     """
 
     users: pa.Table
@@ -132,6 +154,8 @@ class Interactions:
     split: NDArray[np.int8]
     history_start: IntArray
     history_end: IntArray
+    event_time: IntArray | None = None
+    sample_time: IntArray | None = None
 
     @classmethod
     def of(cls, tables: Tables) -> Interactions:
@@ -147,6 +171,7 @@ class Interactions:
                 f"samples: the history of sample {late[0]} reaches its own target; "
                 "rerun `rellax tables`"
             )
+        time = _numpy(events, "time")
         return cls(
             users=tables.users,
             items=tables.items,
@@ -158,6 +183,8 @@ class Interactions:
             split=_numpy(samples, "split"),
             history_start=_numpy(samples, "history_start"),
             history_end=_numpy(samples, "history_end"),
+            event_time=time,
+            sample_time=time[_numpy(samples, "event")],
         )
 
     @property
@@ -245,7 +272,7 @@ class RetrievedHistory:
 
 def build_history(log: Interactions, config: CRMConfig, retrieval: Path | None) -> History:
     """The history that `config.kind` reads; `retrieval` is stage 3's folder, needed by SIM."""
-    if config.kind == "din":
+    if config.kind != "sim":
         return RecentHistory(log, config.history_length)
     if retrieval is None:
         raise TableError("crm.kind sim reads retrieved histories; run `rellax retrieval` first")
@@ -266,6 +293,9 @@ def build_vocabulary(
         history: History the recommender reads.
         train_rows: Sample ids it is trained on, [n].
         config: The recipe's section.
+
+    Raises:
+        ConfigError: The hard search is to compare a column that is no field.
     """
     seen_events = np.zeros(len(log.event_item), bool)
     for part in np.array_split(train_rows, 1 + len(train_rows) // 65536):
@@ -285,12 +315,20 @@ def build_vocabulary(
             and (name == "user_id" or not _is_identifier(table[name], config.identifier_share))
         }
 
+    item_fields = fields(log.items, np.flatnonzero(seen_items), "item_id")
+    category = config.search_field if config.searches_by_category else None
+    if category is not None and category not in item_fields:
+        raise ConfigError(
+            f"crm.search_field '{category}': no field of items; choose "
+            f"{', '.join(item_fields) or 'crm.search soft'}"
+        )
     return Vocabulary(
         num_items=log.items.num_rows,
         unseen_items=tuple(np.flatnonzero(~seen_items).tolist()),
         user_fields=fields(log.users, seen_users, "" if config.user_id_field else "user_id"),
-        item_fields=fields(log.items, np.flatnonzero(seen_items), "item_id"),
+        item_fields=item_fields,
         ratings=tuple(np.unique(log.event_rating[seen_events]).tolist()),
+        category=category,
     )
 
 
@@ -324,6 +362,9 @@ class Features:
         self._item = np.column_stack(item_codes)
         self._event_item = items[log.event_item]
         self._event_rating = ratings
+        self._category = None
+        if vocabulary.category_field is not None:
+            self._category = self._item[:, vocabulary.category_field - vocabulary.item_field]
         self._log, self._history = log, history
 
     def gather(self, samples: IntArray) -> FeatureBatch:
@@ -335,7 +376,23 @@ class Features:
             items=_ids(np.where(mask, self._event_item[rows], 0)),
             ratings=_ids(np.where(mask, self._event_rating[rows], 0)),
             mask=torch.from_numpy(mask),
+            gaps=self._gaps(samples, rows, mask),
+            categories=self._categories(rows, mask),
         )
+
+    def _gaps(self, samples: IntArray, rows: IntArray, mask: BoolArray) -> torch.Tensor | None:
+        log = self._log
+        if log.event_time is None or log.sample_time is None:
+            return None
+        seconds = log.sample_time[samples, None] - log.event_time[rows]
+        # The exponent of a float is the exact whole part of its logarithm, and one more.
+        exponent = np.frexp(1.0 + np.maximum(seconds, 0))[1]
+        return _ids(np.where(mask, np.minimum(exponent, NUM_GAPS - 1), 0))
+
+    def _categories(self, rows: IntArray, mask: BoolArray) -> torch.Tensor | None:
+        if self._category is None:
+            return None
+        return _ids(np.where(mask, self._category[self._log.event_item[rows]], 0))
 
 
 def _numpy(table: pa.Table, column: str) -> Any:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from rellax_ds import metrics, runtime
-from rellax_ds.crm.din import DIN, Architecture
 from rellax_ds.crm.features import Features, build_vocabulary
+from rellax_ds.crm.kinds import build
+from rellax_ds.crm.network import Architecture, training_loss
 from rellax_ds.errors import ConfigError, TableError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from rellax_ds.config import CRMConfig
     from rellax_ds.crm.features import History, IntArray, Interactions, Vocabulary
+    from rellax_ds.crm.network import Recommender
 
 _SCORING_BATCH = 2048
 
@@ -46,7 +47,7 @@ class Fitted:
         epochs: One record an epoch: its number, mean training loss and valid AUC.
     """
 
-    model: DIN
+    model: Recommender
     vocabulary: Vocabulary
     features: Features
     train_rows: IntArray
@@ -121,7 +122,7 @@ def fit_rows(
     features = Features(log, history, vocabulary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(runtime.stable_seed(seed, "crm"))
-        model = DIN(Architecture.of(config, vocabulary))
+        model = build(Architecture.of(config, vocabulary))
         with torch.no_grad():
             model.table.weight[1 + np.array(vocabulary.unseen_items, np.int64)] = 0
         trainer = _Trainer(model, features, log.label, config, seed)
@@ -134,7 +135,7 @@ def fit_rows(
 
 @torch.inference_mode()
 def score(
-    model: DIN, features: Features, samples: IntArray
+    model: Recommender, features: Features, samples: IntArray
 ) -> Iterator[tuple[IntArray, NDArray[np.float32], NDArray[np.float32]]]:
     """Score samples in eval mode, a batch at a time.
 
@@ -144,14 +145,14 @@ def score(
     model.eval()
     for start in range(0, len(samples), _SCORING_BATCH):
         rows = samples[start : start + _SCORING_BATCH]
-        logit, instance = model(features.gather(rows))
-        yield rows, logit.numpy(), instance.numpy()
+        found = model(features.gather(rows))
+        yield rows, found.logit.numpy(), found.instance.numpy()
 
 
 class _Trainer:
     def __init__(
         self,
-        model: DIN,
+        model: Recommender,
         features: Features,
         labels: NDArray[np.int8],
         config: CRMConfig,
@@ -204,8 +205,8 @@ class _Trainer:
         for start in range(0, len(shuffled), self.config.batch_size):
             batch = shuffled[start : start + self.config.batch_size]
             labels = torch.from_numpy(self.labels[batch].astype(np.float32))
-            logit = self.model(self.features.gather(batch)).logit
-            loss = F.binary_cross_entropy_with_logits(logit, labels)
+            found = self.model(self.features.gather(batch))
+            loss = training_loss(found, labels, self.config.auxiliary_weight)
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()

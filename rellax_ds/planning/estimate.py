@@ -201,7 +201,7 @@ def _widths(recipe: Recipe, work: WorkDir, index: ShardIndex | None) -> tuple[in
         return crm.embedding_dim, crm.hidden_dim
     manifest = work.manifest("crm")
     if manifest is not None and manifest.recipe["crm"] == recipe.model_dump(mode="json")["crm"]:
-        from rellax_ds.crm.din import Architecture
+        from rellax_ds.crm.network import Architecture
 
         path = work.stage_dir("crm") / "model.json"
         document = json.loads(path.read_text(encoding="utf-8"))

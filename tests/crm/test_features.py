@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rellax_ds.config import CRMConfig
 from rellax_ds.crm.features import (
+    NUM_GAPS,
     Features,
     Interactions,
     RecentHistory,
@@ -19,7 +20,7 @@ from rellax_ds.crm.features import (
     build_history,
     build_vocabulary,
 )
-from rellax_ds.errors import TableError
+from rellax_ds.errors import ConfigError, TableError
 from rellax_ds.schema import RETRIEVED
 from rellax_ds.tables import write_parquet
 
@@ -49,10 +50,11 @@ def random_log(draw: st.DrawFn) -> Interactions:
     start = np.repeat(np.cumsum(counts) - counts, counts)
     event = rng.permutation(len(user))
     num_items = draw(st.integers(1, 8))
+    time = np.sort(rng.integers(0, 1 << 30, len(user)))
     names = [str(i) for i in range(num_items)]
     return Interactions(
         users=pa.table({"user_id": [str(u) for u in range(len(counts))]}),
-        items=pa.table({"item_id": names, "title": names}),
+        items=pa.table({"item_id": names, "title": names, "genre": [n[-1:] for n in names]}),
         event_item=rng.integers(0, num_items, len(user), np.int32),
         event_rating=rng.integers(1, 11, len(user)),
         sample_user=user[event].astype(np.int32),
@@ -61,6 +63,8 @@ def random_log(draw: st.DrawFn) -> Interactions:
         split=np.zeros(len(user), np.int8),
         history_start=start[event],
         history_end=rng.integers(start[event], event + 1),
+        event_time=time,
+        sample_time=time[event],
     )
 
 
@@ -80,7 +84,8 @@ def test_gather_events_from_the_target_on_altered_features_unchanged(
         path = tmp_path_factory.mktemp("r") / "retrieved.parquet"
         history = RetrievedHistory(log, write_retrieved(path, kept), length)
     everything = np.arange(log.num_samples)
-    vocabulary = build_vocabulary(log, history, everything, CRMConfig(identifier_share=1.0))
+    config = CRMConfig(kind="sim_full", identifier_share=1.0)
+    vocabulary = build_vocabulary(log, history, everything, config)
     sample = data.draw(st.integers(0, log.num_samples - 1))
     before = Features(log, history, vocabulary).gather(np.array([sample]))
 
@@ -90,10 +95,13 @@ def test_gather_events_from_the_target_on_altered_features_unchanged(
         log,
         event_item=np.where(outside, 0, log.event_item),
         event_rating=np.where(outside, 0, log.event_rating),
+        event_time=np.where(outside, 0, log.event_time),
         label=1 - log.label,
     )
     after = Features(altered, history, vocabulary).gather(np.array([sample]))
 
+    assert before.categories is not None
+    assert before.gaps is not None
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -181,3 +189,48 @@ def test_features_other_catalogue_raises(log: Interactions) -> None:
     vocabulary = build_vocabulary(log, history, log.split_rows("train"), CRMConfig())
     with pytest.raises(TableError, match="rerun `rellax crm`"):
         Features(log, history, replace(vocabulary, num_items=7))
+
+
+def test_gather_ages_of_behaviours_are_powers_of_two(log: Interactions) -> None:
+    history = RecentHistory(log, 5)
+    vocabulary = build_vocabulary(log, history, log.split_rows("train"), CRMConfig())
+    assert log.event_time is not None
+    assert log.sample_time is not None
+    samples = np.arange(0, log.num_samples, 7)
+    batch = Features(log, history, vocabulary).gather(samples)
+    assert batch.gaps is not None
+    rows, mask = history.event_rows(samples)
+    for row, kept, found, sample in zip(rows, mask, batch.gaps, samples, strict=True):
+        ages = log.sample_time[sample] - log.event_time[row[kept]]
+        assert found[kept].tolist() == [int(age + 1).bit_length() for age in ages]
+        assert not found[~kept].any()
+    assert len(np.unique(batch.gaps)) > 3
+    old = replace(log, sample_time=log.sample_time + (1 << 45))
+    assert Features(old, history, vocabulary).gather(samples).gaps.max() == NUM_GAPS - 1
+
+
+def test_gather_categories_are_the_ids_of_the_targets_own_field(log: Interactions) -> None:
+    config = CRMConfig(kind="sim_full", history_length=12)
+    history = RecentHistory(log, 12)
+    vocabulary = build_vocabulary(log, history, log.split_rows("train"), config)
+    batch = Features(log, history, vocabulary).gather(np.arange(log.num_samples))
+    assert batch.categories is not None
+    assert vocabulary.category_field is not None
+    genres = log.items["genre"].to_pylist()
+    values = vocabulary.item_fields["genre"]
+    first = 1 + vocabulary.num_items + sum(map(len, vocabulary.user_fields.values()))
+    first += sum(
+        len(vocabulary.item_fields[name])
+        for name in list(vocabulary.item_fields)[: list(vocabulary.item_fields).index("genre")]
+    )
+    rows, mask = history.event_rows(np.arange(log.num_samples))
+    expected = [first + values.index(genres[item]) for item in log.event_item[rows[mask]]]
+    assert batch.categories[mask].tolist() == expected
+    wanted = [first + values.index(genres[item]) for item in log.sample_item]
+    assert batch.fields[:, vocabulary.category_field].tolist() == wanted
+
+
+def test_vocabulary_search_field_that_is_no_field_raises(log: Interactions) -> None:
+    config = CRMConfig(kind="sim_full", search_field="title")
+    with pytest.raises(ConfigError, match=r"crm\.search_field 'title'.* choose .*genre"):
+        build_vocabulary(log, RecentHistory(log, 4), log.split_rows("train"), config)

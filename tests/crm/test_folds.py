@@ -68,11 +68,11 @@ def test_more_folds_than_users_is_refused(log: Interactions, by_user: CRMConfig)
         assign_folds(log, few, many, 1)
 
 
-@pytest.mark.parametrize("by", ["user", "time"])
+@pytest.mark.parametrize(("kind", "by"), [("din", "user"), ("din", "time"), ("dien", "user")])
 def test_fold_recommender_never_sees_the_labels_of_its_fold(
-    log: Interactions, by_user: CRMConfig, by: str
+    log: Interactions, by_user: CRMConfig, kind: str, by: str
 ) -> None:
-    config = by_user.model_copy(update={"fold_by": by, "max_epochs": 1})
+    config = by_user.model_copy(update={"kind": kind, "fold_by": by, "max_epochs": 1})
     train = log.split_rows("train")
     last = train[assign_folds(log, train, config, 1) == 2]
     label = log.label.copy()

@@ -219,7 +219,9 @@ class TrainConfig(Section):
         default=0.0,
         description="Weight of a history answer, times the target's (ours, not published).",
     )
-    epochs: PositiveInt = 1
+    epochs: int = Field(
+        default=1, ge=0, description="Passes over the shots; 0 keeps the untrained model: zero-shot."
+    )
     global_batch: PositiveInt = 16
     micro_batch: PositiveInt = 8
     learning_rate: PositiveFloat = Field(default=5e-4, description="For A and B.")

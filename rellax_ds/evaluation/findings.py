@@ -125,7 +125,10 @@ class Evidence:
         """What the recipe's model is called; an ablation is not called ReLLaX."""
         parts = ["SPA"] * self.recipe.model.spa
         parts += [METHODS[self.recipe.model.interaction]]
-        return "ReLLaX" if parts == ["SPA", "CFLoRA"] else " + ".join(parts)
+        name = "ReLLaX" if parts == ["SPA", "CFLoRA"] else " + ".join(parts)
+        if self.recipe.train.epochs > 0:
+            return name
+        return "zero-shot LLM" if parts == ["LoRA"] else f"untrained {name}"
 
 
 def find(evidence: Evidence) -> dict[str, Any]:

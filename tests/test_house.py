@@ -19,6 +19,7 @@ FLOORS = {
     "plugin": 1,
     "data_config": 1,
     "config": 1,
+    "study": 1,
     "recipes": 1,
     "artifacts": 1,
     "partitions": 1,

@@ -1,4 +1,4 @@
-"""The method recipes: each differs from what it extends in what its method is about, and no more."""
+"""Method recipes: each differs from what it extends in what its method is about, and no more."""
 
 from __future__ import annotations
 

@@ -355,9 +355,13 @@ def _crm_facts(evidence: Evidence) -> dict[str, Any]:
         "train_rows": int(train.size),
         "rows": rows,
         "held_out_rows": int(train.size) - rows,
-        "used_by_model": evidence.recipe.model.spa
-        or not evidence.recipe.model.spec.input_independent,
+        "used_by_model": reads_recommender(evidence.recipe),
     }
+
+
+def reads_recommender(recipe: Recipe) -> bool:
+    """Whether the LLM is fed anything of the recommender: item embeddings, or h."""
+    return recipe.model.spa or not recipe.model.spec.input_independent
 
 
 def _stage_facts(manifest: Manifest) -> dict[str, Any]:

@@ -227,6 +227,7 @@ def _link(link: Path, target: Path) -> None:
             f"{link}: not a link into the study's store, so another command has written it; "
             "move it away and run the study again"
         )
+    link.parent.mkdir(parents=True, exist_ok=True)
     relative = os.path.relpath(target, link.parent)
     if link.is_symlink() and str(link.readlink()) == relative:
         return

@@ -101,6 +101,20 @@ class Run:
     recipe: Recipe
     start_from: str | None = None
 
+    @property
+    def cell(self) -> tuple[str, int, int, tuple[tuple[str, Any], ...]]:
+        """Method, K, shots and what else varies: runs of one cell differ in the seed only."""
+        shards = self.recipe.shards
+        return self.method, shards.history_length, shards.train_rows, self.varied
+
+    @property
+    def varied(self) -> tuple[tuple[str, Any], ...]:
+        """The further axes as keys and values; a value that is a list is given as JSON."""
+        return tuple(
+            (key, json.dumps(value) if isinstance(value, list | dict) else value)
+            for key, value in sorted(self.axes.items())
+        )
+
     def work(self, root: Path) -> WorkDir:
         """The run's work folder in a study's folder."""
         return WorkDir(root / RUNS / self.name)

@@ -88,7 +88,7 @@ def find(study: StudyRuns, resamples: int = RESAMPLES) -> dict[str, Any]:
     """
     compared = Comparison.of(study.scored, resamples)
     reference = study.plan["reference"]
-    cells = group(study.scored, lambda one: one.cell)
+    cells = group(study.scored, lambda one: one.run.cell)
     results = [_result(compared, cell, cells, reference, study) for cell in cells]
     recommenders = _recommenders(study.scored, compared, cells, reference)
     first = study.scored[0]
@@ -215,6 +215,7 @@ def _recommenders(
             {
                 "kind": kind,
                 "label": label_of(f"CRM alone ({kind.upper()})", varied),
+                "axes": dict(varied),
                 "seeds": sorted(by_seed),
                 **_as_json(compared.mean(("crm", kind, varied), logits, sorted(by_seed))),
                 "valid_auc": float(np.mean([one.crm_valid_auc for one in by_seed.values()])),
@@ -274,15 +275,7 @@ def _valid_auc(by_seed: dict[int, Scored]) -> float:
 def _missing_seeds(cell: Cell, study: StudyRuns) -> list[int]:
     """Seeds that are planned for a cell and not finished."""
     names = set(study.missing)
-    method, length, shots, varied = cell
-    return sorted(
-        run.recipe.seed
-        for run in study.runs
-        if run.name in names
-        and (run.method, run.recipe.shards.history_length, run.recipe.shards.train_rows)
-        == (method, length, shots)
-        and tuple(sorted(run.axes.items())) == varied
-    )
+    return sorted(run.recipe.seed for run in study.runs if run.name in names and run.cell == cell)
 
 
 def _describe(rows: Rows) -> dict[str, Any]:

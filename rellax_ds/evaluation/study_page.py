@@ -122,19 +122,25 @@ def seeds_of(row: dict[str, Any]) -> str:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """The table and the sentences as Markdown."""
+    """The tables and the sentences as Markdown."""
+    blocks = [f"# {document['name']}", document["description"], table(document)]
+    blocks += ["\n".join(f"- {sentence}" for sentence in document["statements"])]
+    header = ["method", "K", "shots", "trained parameters", "steps", "training s", "steps alone s"]
+    header += ["scoring ms a row"]
+    costs = [_cost(row) for row in document["results"]]
+    blocks += ["## Cost", _table(header, costs), _COST_NOTE]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def table(document: dict[str, Any]) -> str:
+    """Every method and recommender as a Markdown table."""
     header = ["method", "K", "shots", "seeds", *(TITLES[name] for name in _METRICS)]
     header += ["AUC over seeds", f"AUC minus {document['reference']}", "CRM saw"]
-    lines = [_row(header), _row(["---"] * len(header))]
-    lines += [_row(_cells(row)) for row in document["results"]]
-    lines += [_row(_cells(row)) for row in document["recommenders"]]
-    blocks = [f"# {document['name']}", document["description"], "\n".join(lines)]
-    blocks += ["\n".join(f"- {sentence}" for sentence in document["statements"])]
-    cost = ["method", "K", "shots", "trained parameters", "steps", "training s", "steps alone s"]
-    cost += ["scoring ms a row"]
-    table = [_row(cost), _row(["---"] * len(cost)), *(_row(_cost(r)) for r in document["results"])]
-    blocks += ["## Cost", "\n".join(table), _COST_NOTE]
-    return "\n\n".join(block for block in blocks if block) + "\n"
+    return _table(header, [_cells(row) for row in document["results"] + document["recommenders"]])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(map(_row, [header, ["---"] * len(header), *rows]))
 
 
 _COST_NOTE = (

@@ -91,18 +91,14 @@ class Scored:
         return self.run.recipe.seed
 
     @property
-    def cell(self) -> tuple[str, int, int, tuple[tuple[str, Any], ...]]:
-        """Method, K, shots and what else varies: runs of one cell differ in the seed only."""
-        shards = self.run.recipe.shards
-        varied = tuple(sorted(self.run.axes.items()))
-        return self.run.method, shards.history_length, shards.train_rows, varied
-
-    @property
     def crm(self) -> tuple[str, tuple[tuple[str, Any], ...]]:
         """Kind of its recommender, and what varies of it beside the kind."""
-        varied = {k: v for k, v in self.run.axes.items() if k.startswith(("crm.", "data."))}
-        varied.pop("crm.kind", None)
-        return self.run.recipe.crm.kind, tuple(sorted(varied.items()))
+        varied = [
+            (key, value)
+            for key, value in self.run.varied
+            if key.startswith(("crm.", "data.")) and key != "crm.kind"
+        ]
+        return self.run.recipe.crm.kind, tuple(varied)
 
 
 @dataclass(frozen=True)

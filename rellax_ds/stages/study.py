@@ -29,7 +29,6 @@ from rellax_ds.config import digest
 from rellax_ds.errors import ArtifactError, RellaxError
 from rellax_ds.redaction import redact, redacted
 from rellax_ds.stages.pipeline import load_stage, run_stage
-from rellax_ds.training.signals import EXIT_STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -150,6 +149,8 @@ def run_all(
                         failures[name] = _reason(root, name, runs, process.returncode)
                         runtime.logger.error("study: %s failed: %s", name, failures[name])
     if asked:
+        from rellax_ds.training.signals import EXIT_STOPPED
+
         raise SystemExit(EXIT_STOPPED)
     return failures
 

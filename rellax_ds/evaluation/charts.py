@@ -161,9 +161,9 @@ def series_chart(
             dashes = _DASHES[number // len(_SERIES) % len(_DASHES)]
             shift = (number - (len(series) - 1) / 2) * _APART
             if doubling:
-                x = [value * 2.0 ** (shift * 6) for value in line.x]
+                x = [value * (places[-1] / places[0]) ** shift for value in line.x]
             else:
-                x = [value + shift * (places[-1] - places[0] or 1) for value in line.x]
+                x = [value + shift * (places[-1] - places[0]) for value in line.x]
             axes.plot(x, line.y, color=colour, linestyle=dashes, marker="o", markersize=4)
             axes.vlines(x, line.low, line.high, color=colour, linewidth=1)
             axes.plot([], [], color=colour, linestyle=dashes, marker="o", label=line.name)

@@ -146,6 +146,7 @@ class UserBootstrap:
         y = np.asarray(labels, dtype=np.float64)
         scores = np.asarray(logits, dtype=np.float64)
         rows = self._mean_over(np.ones_like(y))
+        rows[rows == 0] = np.nan  # none of the users drawn has a row here: see `on`
         replicates = {
             "auc": self._auc(y, scores),
             "log_loss": self._mean_over(metrics.row_log_loss(y, scores)) / rows,

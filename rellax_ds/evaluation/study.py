@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rellax_ds import metrics
-from rellax_ds.evaluation.significance import METRICS, Estimate, Resampled, UserBootstrap
+from rellax_ds.evaluation.significance import (
+    METRICS,
+    Estimate,
+    Resampled,
+    UserBootstrap,
+    point_values,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -160,9 +166,13 @@ def _result(
         "seeds": seeds,
         "missing_seeds": _missing_seeds(cell, study),
         **_as_json(found),
-        "spread": _spread(by_seed),
+        "spread": _spread(compared, _logits(by_seed)),
         "by_seed": [
-            {"seed": seed, "run": by_seed[seed].run.name, **_figures(by_seed[seed])}
+            {
+                "seed": seed,
+                "run": by_seed[seed].run.name,
+                **_figures(compared.rows[seed], by_seed[seed].test.logit),
+            }
             for seed in seeds
         ],
         "valid_auc": _valid_auc(by_seed),
@@ -218,6 +228,7 @@ def _recommenders(
                 "axes": dict(varied),
                 "seeds": sorted(by_seed),
                 **_as_json(compared.mean(("crm", kind, varied), logits, sorted(by_seed))),
+                "spread": _spread(compared, logits),
                 "valid_auc": float(np.mean([one.crm_valid_auc for one in by_seed.values()])),
                 "rows": first.crm_rows,
                 "train_rows": first.train_rows,
@@ -237,24 +248,16 @@ def _as_json(found: Resampled) -> dict[str, dict[str, float | int] | None]:
     return {name: estimate.as_dict() if estimate else None for name, estimate in estimates.items()}
 
 
-def _figures(one: Scored) -> dict[str, float | None]:
-    rows = one.test
-    per_user, _ = metrics.user_auc(rows.user, rows.label, rows.logit)
-    return {
-        "auc": metrics.auc(rows.label, rows.logit),
-        "log_loss": metrics.log_loss(rows.label, rows.logit),
-        "accuracy": metrics.accuracy(rows.label, rows.logit),
-        "gauc": None
-        if np.isnan(per_user).all()
-        else metrics.gauc(rows.user, rows.label, rows.logit).value,
-    }
+def _figures(rows: Rows, logits: Any) -> dict[str, float | None]:
+    """Every metric on one seed's rows."""
+    return point_values(rows.user, rows.label, logits)
 
 
-def _spread(by_seed: dict[int, Scored]) -> dict[str, dict[str, float]] | None:
+def _spread(compared: Comparison, logits: dict[int, Any]) -> dict[str, dict[str, float]] | None:
     """Standard deviation (of a sample) and range of each metric over seeds; None for one seed."""
-    if len(by_seed) < 2:
+    if len(logits) < 2:
         return None
-    figures = [_figures(one) for one in by_seed.values()]
+    figures = [_figures(compared.rows[seed], found) for seed, found in sorted(logits.items())]
     spread = {}
     for name in METRICS:
         values = [value for value in (found[name] for found in figures) if value is not None]

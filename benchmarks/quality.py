@@ -84,11 +84,11 @@ def measure(
             report.figures[f"rellax_minus_{key}"] = gap.value
             report.figures[f"rellax_minus_{key}_high"] = gap.high
     report.table(
-        ["chosen on valid", "K", "shots", "seeds", "valid AUC", "test AUC"],
+        ["chosen on valid", "K", "shots", "seeds", "valid AUC", "test AUC", "CRM saw"],
         [
             [
                 *(row["label"], row.get("history_length", ""), row.get("shots", ""), len(seeds)),
-                *(row["valid_auc"], study_page.interval(row["auc"])),
+                *(row["valid_auc"], study_page.interval(row["auc"]), study_page.crm_saw(row)),
             ]
             for row in (ours, plain, crm)
         ],

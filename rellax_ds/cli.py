@@ -195,18 +195,20 @@ def study(
 
         run_one(_named(runs, only), root)
         return
-    write_plan(loaded, runs, root)
-    failures = {}
-    if not report_only:
-        from rellax_ds.stages.study import run_all
-
-        flags = ["study", "--study", study, "--work-dir", str(root)]
-        flags += [part for override in set_ or [] for part in ("--set", override)]
-        failures = run_all(runs, root, [*flags, "--only"], parallel)
     from rellax_ds.evaluation import study as findings
     from rellax_ds.evaluation import study_page
     from rellax_ds.evaluation.study_runs import StudyRuns
+    from rellax_ds.stages.study import is_finished, run_all
 
+    finished = {run.name for run in runs if is_finished(run, root)}
+    write_plan(loaded, runs, root, finished)
+    failures = {}
+    if not report_only:
+        flags = ["study", "--study", study, "--work-dir", str(root)]
+        flags += [part for override in set_ or [] for part in ("--set", override)]
+        todo = [run for run in runs if run.name not in finished]
+        failures = run_all(todo, root, [*flags, "--only"], parallel)
+        write_plan(loaded, runs, root, {run.name for run in runs} - set(failures))
     for name, reason in failures.items():
         typer.echo(f"failed: {name}: {reason}", err=True)
     study_page.write(findings.find(StudyRuns.read(root)), root)

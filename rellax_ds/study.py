@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError, field_validator
 from rellax_ds.artifacts import WorkDir, write_json
 from rellax_ds.config import Recipe, load_recipe, parse_recipe, read_yaml
 from rellax_ds.errors import ArtifactError, ConfigError
+from rellax_ds.redaction import redacted
 from rellax_ds.section import Section
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class Run:
             "method": self.method,
             "axes": self.axes,
             "start_from": self.start_from,
-            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe": redacted(self.recipe.model_dump(mode="json")),
         }
 
 
@@ -198,20 +199,29 @@ def expand(study: Study, root: Path, overrides: Sequence[str] = ()) -> list[Run]
     return list(found.values())
 
 
-def write_plan(study: Study, runs: Iterable[Run], root: Path) -> None:
-    """Say in the study's folder what it consists of; readers need no study file then."""
+def write_plan(study: Study, runs: Iterable[Run], root: Path, finished: Iterable[str]) -> None:
+    """Say in the study's folder what it consists of; readers need no study file then.
+
+    Args:
+        study: The study.
+        runs: Its runs.
+        root: Its folder.
+        finished: Names of the runs whose predictions are those of their recipes; a run that was
+            changed and not run again still has its old ones.
+    """
     root.mkdir(parents=True, exist_ok=True)
     document = {
         "name": study.name,
         "description": study.description,
         "reference": study.reference,
+        "finished": sorted(finished),
         "runs": [run.document() for run in runs],
     }
     write_json(root / PLAN, document)
 
 
 def read_plan(root: Path) -> tuple[dict[str, Any], list[Run]]:
-    """Name, description and reference of the study in a folder, and its runs.
+    """Name, description, reference and finished runs of the study in a folder, and all its runs.
 
     Raises:
         ArtifactError: The folder holds no plan.

@@ -82,9 +82,14 @@ def test_overrides_of_the_command_line_are_for_every_run(grid: Path, tmp_path: P
 def test_plan_gives_the_runs_back(grid: Path, tmp_path: Path) -> None:
     study = load_study(str(grid))
     runs = expand(study, tmp_path)
-    write_plan(study, runs, tmp_path)
+    write_plan(study, runs, tmp_path, ["plain-K2-n60-s7"])
     plan, found = read_plan(tmp_path)
-    assert plan == {"name": "grid", "description": "", "reference": "plain"}
+    assert plan == {
+        "name": "grid",
+        "description": "",
+        "reference": "plain",
+        "finished": ["plain-K2-n60-s7"],
+    }
     assert found == runs
     with pytest.raises(ArtifactError, match="rellax study"):
         read_plan(tmp_path / "nowhere")

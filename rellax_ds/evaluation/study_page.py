@@ -126,7 +126,7 @@ def markdown(document: dict[str, Any]) -> str:
     blocks = [f"# {document['name']}", document["description"], table(document)]
     blocks += ["\n".join(f"- {sentence}" for sentence in document["statements"])]
     header = ["method", "K", "shots", "trained parameters", "steps", "training s", "steps alone s"]
-    header += ["scoring ms a row"]
+    header += ["scoring ms a row", "CRM saw"]
     costs = [_cost(row) for row in document["results"]]
     blocks += ["## Cost", _table(header, costs), _COST_NOTE]
     return "\n\n".join(block for block in blocks if block) + "\n"
@@ -182,6 +182,7 @@ def _cost(row: dict[str, Any]) -> list[str]:
         f"{seconds['train']:.1f}",
         f"{seconds['steps']:.1f}",
         f"{1000 * seconds['predict_per_row']:.1f}",
+        crm_saw(row),
     ]
 
 

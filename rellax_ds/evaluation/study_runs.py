@@ -118,7 +118,8 @@ class StudyRuns:
             TableError: Two runs of one seed have scored other rows, or a score is not finite.
         """
         plan, runs = read_plan(root)
-        scored = [_read(run, run.work(root)) for run in runs if _is_scored(run.work(root))]
+        finished = set(plan["finished"])
+        scored = [_read(run, run.work(root)) for run in runs if run.name in finished]
         if not scored:
             raise ArtifactError(f"{root}: no run of this study is finished; run `rellax study`")
         _check_same_rows(scored)
@@ -129,10 +130,6 @@ class StudyRuns:
         """Names of the runs that are not finished."""
         done = {one.run.name for one in self.scored}
         return [run.name for run in self.runs if run.name not in done]
-
-
-def _is_scored(work: WorkDir) -> bool:
-    return work.manifest("predict") is not None
 
 
 def _read(run: Run, work: WorkDir) -> Scored:

@@ -113,10 +113,10 @@ def is_finished(run: Run, root: Path) -> bool:
 def run_all(
     runs: Sequence[Run], root: Path, arguments: Sequence[str], parallel: int = 1
 ) -> dict[str, str]:
-    """Run what is not finished, each run in a process of its own.
+    """Run runs, each in a process of its own.
 
     Args:
-        runs: The study's runs, sources of adapters first.
+        runs: Those that are not finished, sources of adapters first.
         root: The study's folder.
         arguments: Arguments of the `rellax` command that runs one run, its name left out.
         parallel: Runs at a time.
@@ -127,8 +127,8 @@ def run_all(
     Raises:
         SystemExit: The study was asked to stop (status 143); the runs it was in have left.
     """
-    waiting = [run for run in runs if not is_finished(run, root)]
-    runtime.logger.info("study: %d of %d runs to do", len(waiting), len(runs))
+    waiting = list(runs)
+    runtime.logger.info("study: %d runs to do", len(waiting))
     failures: dict[str, str] = {}
     active: dict[str, subprocess.Popen[bytes]] = {}
     with _stoppable(active) as asked:
@@ -212,6 +212,8 @@ def _alone(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             runtime.logger.info("study: another run works in %s; waiting for it", folder)
             fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            runtime.logger.debug("study: no locks on %s", folder)
         yield
     finally:
         os.close(handle)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_studies import make_study
+from made_studies import forget, make_study
 
 from benchmarks import quality
 from rellax_ds.evaluation.study_runs import StudyRuns
@@ -55,10 +55,7 @@ def test_quality_compares_what_valid_chose_and_fails_when_a_seed_is_missing(
         for length in (5, 10)
     }
     assert f"| full | {max(valid, key=lambda n: valid[n])} |" in output
-    predict = root / "runs" / "plain-K10-n800-s3" / "7_predict"
-    predict.rename(predict.with_name("gone"))
-    predict = root / "runs" / "plain-K5-n800-s3" / "7_predict"
-    predict.rename(predict.with_name("gone"))
+    forget(root, "plain-K10-n800-s3", "plain-K5-n800-s3")
     status, output, figures = run(root, monkeypatch, capsys)
     assert status == 1
     assert "gate failed: plain lacks the seeds [3]" in output

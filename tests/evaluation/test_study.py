@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from made_studies import commit, make_study
+from made_studies import commit, forget, make_study
 
 from rellax_ds import metrics
 from rellax_ds.artifacts import WorkDir
@@ -133,10 +133,8 @@ def test_pages_are_the_same_for_the_same_runs(made: Made, tmp_path: Path) -> Non
 
 
 def test_missing_run_is_named_and_its_seed_left_out(small: Made) -> None:
-    root, runs = small
-    (run,) = (run for run in runs if run.name == "full-K5-n800-s2")
-    folder = run.work(root).stage_dir("predict")
-    folder.rename(folder.with_name("gone"))
+    root, _ = small
+    forget(root, "full-K5-n800-s2")
     found = find(StudyRuns.read(root), 50)
     ours = row(found, "full", 5, 800)
     assert (ours["seeds"], ours["missing_seeds"], ours["spread"]) == ([1], [2], None)
@@ -172,9 +170,7 @@ def test_score_that_is_not_finite_is_refused(small: Made) -> None:
 
 
 def test_study_without_a_finished_run_names_the_command(small: Made) -> None:
-    for run in small[1]:
-        folder = run.work(small[0]).stage_dir("predict")
-        folder.rename(folder.with_name("gone"))
+    forget(small[0], *(run.name for run in small[1]))
     with pytest.raises(ArtifactError, match="rellax study"):
         StudyRuns.read(small[0])
 

@@ -14,7 +14,7 @@ import yaml
 from rellax_ds.artifacts import write_json
 from rellax_ds.evaluation.baselines import Log
 from rellax_ds.schema import PREDICTIONS
-from rellax_ds.study import Run, expand, load_study, write_plan
+from rellax_ds.study import PLAN, Run, expand, load_study, write_plan
 from rellax_ds.tables import write_tables
 from rellax_ds.testing import made_tables
 
@@ -56,7 +56,7 @@ def make_study(folder: Path, **changes: Any) -> tuple[Path, list[Run]]:
     root = folder / "study"
     study = load_study(str(write_study(folder, **changes)))
     runs = expand(study, root)
-    write_plan(study, runs, root)
+    write_plan(study, runs, root, [run.name for run in runs])
     tables = made_tables(folder / "raw", num_users=60, num_events=3000)
     first = runs[0].work(root)
     commit(first, "tables", lambda directory: write_tables(tables, directory))
@@ -105,6 +105,14 @@ def finish(run: Run, root: Path) -> None:
         "predict",
         lambda directory: pq.write_table(pa.table(arrays), directory / "predictions.parquet"),
     )
+
+
+def forget(root: Path, *names: str) -> None:
+    """Let runs count as not finished."""
+    path = root / PLAN
+    plan = json.loads(path.read_text())
+    plan["finished"] = sorted(set(plan["finished"]) - set(names))
+    write_json(path, plan)
 
 
 def held_out(log: Log) -> Any:

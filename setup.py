@@ -22,7 +22,8 @@ setup(
     packages=[*find_packages(include=["rellax_ds", "rellax_ds.*"]), "rellax_ds.kernels"],
     package_data={
         "rellax_ds": [
-            *("recipes/*.yaml", "prompts/*.yaml", "planning/configs/*.json"),
+            *("recipes/*.yaml", "recipes/studies/*.yaml"),
+            *("prompts/*.yaml", "planning/configs/*.json"),
             *("evaluation/*.j2", "py.typed"),
         ],
     },

@@ -19,13 +19,14 @@ import typer
 from rellax_ds import runtime
 from rellax_ds.artifacts import STAGES, WorkDir
 from rellax_ds.config import load_recipe
-from rellax_ds.errors import RellaxError
+from rellax_ds.errors import ConfigError, RellaxError
 from rellax_ds.redaction import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rellax_ds.config import Recipe
+    from rellax_ds.study import Run
 
 app = typer.Typer(
     add_completion=False,
@@ -68,6 +69,18 @@ ThroughputFlag = Annotated[
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")]
 UntilFlag = Annotated[str, typer.Option("--until", help=f"Last stage to run: {', '.join(STAGES)}.")]
+
+
+StudyFlag = Annotated[
+    str, typer.Option("--study", help="Shipped study by name, or the path of a YAML file.")
+]
+OnlyFlag = Annotated[
+    str | None, typer.Option("--only", help="Run this one run of the study, in this process.")
+]
+ParallelFlag = Annotated[int, typer.Option("--parallel", min=1, help="Runs at a time.")]
+ReportOnlyFlag = Annotated[
+    bool, typer.Option("--report-only", help="Run nothing; report on the runs that are finished.")
+]
 
 
 def _open_run(
@@ -156,6 +169,59 @@ def plan(
     loaded, work = _open_run(recipe, set_, work_dir)
     made = make_plan(loaded, work, Machines(ranks, hosts, gpu_memory, tokens_per_second))
     typer.echo(json.dumps(document(made), indent=2) if json_ else text(made, gpu_memory))
+
+
+@app.command()
+def study(
+    study: StudyFlag,
+    set_: SetFlag = None,
+    work_dir: WorkDirFlag = None,
+    only: OnlyFlag = None,
+    parallel: ParallelFlag = 1,
+    report_only: ReportOnlyFlag = False,
+) -> None:
+    """Run a grid of recipes, every shared stage once, and report on all of them together.
+
+    What is finished is skipped. A run that fails is reported in one line, the others go on, and the
+    exit status is 1.
+    """
+    from rellax_ds.study import expand, load_study, write_plan
+
+    loaded = load_study(study)
+    root = (work_dir or runtime.default_work_dir("studies") / loaded.name).expanduser().resolve()
+    runs = expand(loaded, root, set_ or [])
+    if only is not None:
+        from rellax_ds.stages.study import run_one
+
+        run_one(_named(runs, only), root)
+        return
+    from rellax_ds.evaluation import study as findings
+    from rellax_ds.evaluation import study_page
+    from rellax_ds.evaluation.study_runs import StudyRuns
+    from rellax_ds.stages.study import is_finished, run_all
+
+    finished = {run.name for run in runs if is_finished(run, root)}
+    write_plan(loaded, runs, root, finished)
+    failures = {}
+    if not report_only:
+        flags = ["study", "--study", study, "--work-dir", str(root)]
+        flags += [part for override in set_ or [] for part in ("--set", override)]
+        todo = [run for run in runs if run.name not in finished]
+        failures = run_all(todo, root, [*flags, "--only"], parallel)
+        write_plan(loaded, runs, root, {run.name for run in runs} - set(failures))
+    for name, reason in failures.items():
+        typer.echo(f"failed: {name}: {reason}", err=True)
+    study_page.write(findings.find(StudyRuns.read(root)), root)
+    typer.echo(f"study: {root / 'study.html'}")
+    if failures:
+        raise typer.Exit(1)
+
+
+def _named(runs: list[Run], name: str) -> Run:
+    for run in runs:
+        if run.name == name:
+            return run
+    raise ConfigError(f"--only {name}: no run of this study; choose one of plan.json")
 
 
 class ShardsAction(StrEnum):

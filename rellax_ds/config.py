@@ -197,7 +197,9 @@ class TrainConfig(Section):
         default=0.0,
         description="Weight of a history answer, times the target's (ours, not published).",
     )
-    epochs: PositiveInt = 1
+    epochs: int = Field(
+        default=1, ge=0, description="Passes over the shots; 0: zero-shot, the untrained model."
+    )
     global_batch: PositiveInt = 16
     micro_batch: PositiveInt = 8
     learning_rate: PositiveFloat = Field(default=5e-4, description="For A and B.")
@@ -429,7 +431,7 @@ def _resolve_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if resolved in seen:
         chain = " -> ".join(p.name for p in (*seen, resolved))
         raise ConfigError(f"recipe {path}: 'extends' runs in a circle: {chain}")
-    document = _read_yaml(path)
+    document = read_yaml(path)
     parent = document.pop("extends", None)
     if parent is None:
         return document
@@ -439,7 +441,12 @@ def _resolve_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return _merge(base, document)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping a YAML file holds, without aliases and of bounded size and depth.
+
+    Raises:
+        ConfigError: It is none.
+    """
     if path.stat().st_size > _MAX_RECIPE_BYTES:
         raise ConfigError(
             f"recipe {path}: larger than {_MAX_RECIPE_BYTES} bytes, this is no recipe"

@@ -30,6 +30,7 @@ def test_command_line_surface_is_frozen() -> None:
     expected["shards"] = SHARED | {"action"}
     machines = {"--ranks", "--hosts", "--gpu-memory", "--tokens-per-second"}
     expected["plan"] = SHARED - {"--resume"} | machines | {"--json"}
+    expected["study"] = {"--study", "--set", "--work-dir", "--only", "--parallel", "--report-only"}
     assert surface == expected
 
 

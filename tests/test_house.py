@@ -20,6 +20,7 @@ FLOORS = {
     "crm_config": 1,
     "data_config": 1,
     "config": 1,
+    "study": 1,
     "recipes": 1,
     "artifacts": 1,
     "partitions": 1,

@@ -1,4 +1,4 @@
-"""The report's line charts, as SVG text to be placed inside an HTML page.
+"""The charts of reports and studies, as SVG text to be placed inside an HTML page.
 
 A chart is drawn by matplotlib with text kept as text, then loosened from it: fixed colours become
 CSS variables, so one drawing serves a light and a dark page, and identifiers, metadata and
@@ -28,6 +28,8 @@ _COLOURS = {
 }
 _INK, _FAINT, *_SERIES = _COLOURS
 _FONT = "var(--sans)"
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+_APART = 0.012  # of the axis, between the intervals of two series
 _STYLE = {
     "svg.fonttype": "none",
     "font.size": 10,
@@ -124,6 +126,72 @@ def interval_chart(
         axes.set_xlabel(x_label)
 
     return _render(title, draw, width=6.6, height=0.8 + 0.42 * max(1, len(rows)))
+
+
+@dataclass(frozen=True)
+class Series:
+    """A figure with its interval over a few values of x."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def series_chart(
+    title: str, x_label: str, y_label: str, series: Sequence[Series], doubling: bool = False
+) -> str:
+    """Dots with intervals, joined by lines; any number of series, told apart by colour and dashes.
+
+    Args:
+        title: Spoken by screen readers.
+        x_label: Name of the horizontal axis.
+        y_label: Name of the vertical axis.
+        series: What is drawn; intervals stand a little apart so that they can be told.
+        doubling: Equal distances stand for equal ratios of x.
+    """
+
+    def draw(axes: Any) -> None:
+        places = sorted({x for line in series for x in line.x})
+        if doubling:
+            axes.set_xscale("log", base=2)
+        for number, line in enumerate(series):
+            colour = _SERIES[number % len(_SERIES)]
+            dashes = _DASHES[number // len(_SERIES) % len(_DASHES)]
+            shift = (number - (len(series) - 1) / 2) * _APART
+            if doubling:
+                x = [value * (places[-1] / places[0]) ** shift for value in line.x]
+            else:
+                x = [value + shift * (places[-1] - places[0]) for value in line.x]
+            axes.plot(x, line.y, color=colour, linestyle=dashes, marker="o", markersize=4)
+            axes.vlines(x, line.low, line.high, color=colour, linewidth=1)
+            axes.plot([], [], color=colour, linestyle=dashes, marker="o", label=line.name)
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.minorticks_off()
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=2.4)
+
+    return _render(title, draw, width=6.6, height=max(2.9, 0.8 + 0.2 * len(series)))
+
+
+def cost_chart(
+    title: str, x_label: str, y_label: str, points: Sequence[tuple[str, float, float, float, float]]
+) -> str:
+    """A named dot with its interval for each (name, cost, value, low, high)."""
+
+    def draw(axes: Any) -> None:
+        for number, (name, x, y, low, high) in enumerate(points):
+            colour = _SERIES[number % len(_SERIES)]
+            axes.plot([x], [y], color=colour, marker="o", markersize=5)
+            axes.vlines([x], [low], [high], color=colour, linewidth=1)
+            axes.annotate(name, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8)
+        axes.margins(x=0.2)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+
+    return _render(title, draw, width=6.6, height=3.4)
 
 
 def reliability_chart(title: str, lines: Sequence[Line]) -> str:

@@ -139,7 +139,10 @@ class Evidence:
         """What the recipe's model is called; an ablation is not called ReLLaX."""
         parts = ["SPA"] * self.recipe.model.spa
         parts += [METHODS[self.recipe.model.interaction]]
-        return "ReLLaX" if parts == ["SPA", "CFLoRA"] else " + ".join(parts)
+        name = "ReLLaX" if parts == ["SPA", "CFLoRA"] else " + ".join(parts)
+        if self.recipe.train.epochs > 0:
+            return name
+        return "zero-shot LLM" if parts == ["LoRA"] else f"untrained {name}"
 
 
 def find(evidence: Evidence) -> dict[str, Any]:
@@ -402,10 +405,14 @@ def _crm_facts(evidence: Evidence) -> dict[str, Any]:
         "held_out_rows": int(train.size) - rows,
         "out_of_fold": evidence.crm.get("out_of_fold"),
         "residual_weight": evidence.residual_weight,
-        "used_by_model": evidence.recipe.model.spa
-        or not evidence.recipe.model.spec.input_independent
-        or evidence.recipe.model.residual == "crm",
+        "used_by_model": reads_recommender(evidence.recipe),
     }
+
+
+def reads_recommender(recipe: Recipe) -> bool:
+    """Whether the score rests on anything of the recommender: item embeddings, h, or its logit."""
+    model = recipe.model
+    return model.spa or model.residual == "crm" or not model.spec.input_independent
 
 
 def _stage_facts(manifest: Manifest) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from rellax_ds.evaluation.words import interval
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
@@ -46,47 +48,35 @@ def render_markdown(
         ]
         name = label if split == "test" else split
         lines += [f"## Models on the scored {name} rows", ""]
-        lines += table(["model", *titles.values(), "ECE"], rows)
+        lines += [table_text(["model", *titles.values(), "ECE"], rows), ""]
         gaps = [
             [f"{models[r['model']]} minus {models[r['minus']]}", *(interval(r[m]) for m in titles)]
             for r in document["differences"]
             if r["split"] == split
         ]
-        lines += ["Paired differences:", "", *table(["", *titles.values()], gaps)]
+        lines += ["Paired differences:", "", table_text(["", *titles.values()], gaps), ""]
     for by, members in groupby(document["groups"], key=lambda group: group["by"]):
-        groups = list(members)
+        groups = [group for group in members if group["n"]]
         rows = [
             [title, *(interval(group["auc"].get(key)) for group in groups)]
             for key, title in models.items()
         ]
         heads = [f"{group['group']} ({group['n']:,} rows)" for group in groups]
-        lines += [f"## {group_titles[by]}", "", *table(["model", *heads], rows)]
+        lines += [f"## {group_titles[by]}", "", table_text(["model", *heads], rows), ""]
     stages = [
         [s["stage"], f"{s['seconds']:.1f}", s["content"][:12], (s["commit"] or "")[:12]]
         for s in document["stages"]
     ]
-    lines += ["## Stages", "", *table(["stage", "seconds", "content", "commit"], stages)]
+    lines += ["## Stages", "", table_text(["stage", "seconds", "content", "commit"], stages), ""]
     lines += [f"Recipe digest `{document['recipe_digest']}`.", ""]
     return "\n".join(lines)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Lines of a table with its first column left and the others right, and an empty line."""
+def table_text(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table, its first column left and the others right; cells are escaped."""
     cells = [[_text(cell) for cell in row] for row in (header, *rows)]
     rule = [":--", *["--:"] * (len(header) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:])] + [""]
-
-
-def interval(estimate: Mapping[str, float] | None) -> str:
-    """`.751 (.720 to .781)`, without a leading zero, or a dash."""
-    if estimate is None:
-        return "-"
-    value, low, high = (_plain(estimate[key]) for key in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
-
-
-def _plain(value: float) -> str:
-    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
+    return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:]))
 
 
 def _text(value: object) -> str:

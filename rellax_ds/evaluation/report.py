@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rellax_ds.artifacts import write_bytes, write_json
-from rellax_ds.evaluation import charts
+from rellax_ds.evaluation import charts, words
 from rellax_ds.evaluation.markdown import render_markdown
 from rellax_ds.evaluation.significance import METRICS
 
@@ -38,19 +38,17 @@ GROUP_TITLES = {
 }
 """Captions of the tables of groups."""
 
-_ACKNOWLEDGEMENT = (
+ACKNOWLEDGEMENT = (
     "Data: MovieLens, GroupLens Research, University of Minnesota (F. M. Harper and J. A. Konstan, "
     "The MovieLens Datasets: History and Context, ACM TiiS 5(4), 2015). Its terms allow research "
     "use with acknowledgement and no redistribution. Example prompts quote rows of the log: leave "
     "them out of what you publish."
 )
-_LOWER_IS_BETTER = {"log_loss"}
-_MINUS, _TO = "\u2212", "\u2013"
 _SMOOTH_STEPS = 10
 _MOST_LINES = 3
 # Measured on planted scores: nominal 95 % covers 85 % with 6 users, 90 % with 20, 93 % with 30.
-_FEW_USERS = 30
-_DEQUANTISED = "smollm2-135m-instruct"
+FEW_USERS = 30
+DEQUANTISED = "smollm2-135m-instruct"
 
 
 def write(findings: dict[str, Any], directory: Path) -> None:
@@ -76,13 +74,13 @@ def render(document: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     filters: dict[str, Callable[..., str]] = {
-        "figure": _figure,
-        "signed": _signed,
+        "figure": words.figure,
+        "signed": words.signed,
         "count": lambda number: f"{number:,}",
         "percent": lambda share: f"{share:.1%}",
-        "duration": _duration,
-        "size": _size,
-        "plain": _plain,
+        "duration": words.duration,
+        "size": words.size,
+        "plain": words.plain,
     }
     environment.filters |= filters
     template = environment.get_template("report.html.j2")
@@ -91,12 +89,12 @@ def render(document: dict[str, Any]) -> str:
         metrics=METRICS,
         titles=TITLES,
         group_titles=GROUP_TITLES,
-        verdict=verdict,
+        verdict=words.verdict,
         charts=_draw(document),
         heterogeneity_at=_by_size(document["heterogeneity"].get("recent", {})),
         recipe_yaml=_yaml(document["recipe"]),
         counts_yaml=_yaml({stage["stage"]: stage["counts"] for stage in document["stages"]}),
-        acknowledgement=_ACKNOWLEDGEMENT,
+        acknowledgement=ACKNOWLEDGEMENT,
     )
 
 
@@ -116,18 +114,18 @@ def _result_sentences(findings: dict[str, Any]) -> list[str]:
             "ahead": f"{model} is ahead",
             "behind": f"{model} is behind",
             "not separated": "the two are not separated",
-        }[verdict("auc", estimate)]
+        }[words.verdict("auc", estimate)]
         sentences.append(
-            f"AUC on the same rows, {model} minus {names[gap['minus']]}: {_signed(estimate)}; "
+            f"AUC on the same rows, {model} minus {names[gap['minus']]}: {words.signed(estimate)}; "
             f"{outcome}."
         )
     zero, best = findings["training"]["zero_shot"], findings["training"]["best"]
     if zero is not None and best is not None:
         untrained = ", soft tokens untrained" if findings["recipe"]["model"]["spa"] else ""
         sentences.append(
-            f"Zero-shot (step 0{untrained}) AUC on the valid rows is {_plain(zero['auc'])}; the "
-            f"adapter scored here, best on valid at step {best['step']:,}, has "
-            f"{_plain(best['auc'])} there."
+            f"Zero-shot (step 0{untrained}) AUC on the valid rows is {words.plain(zero['auc'])}; "
+            f"the adapter scored here, best on valid at step {best['step']:,}, has "
+            f"{words.plain(best['auc'])} there."
         )
     if label != "test":
         sentences.append(
@@ -166,7 +164,7 @@ def _protocol_sentences(findings: dict[str, Any]) -> list[str]:
             "its mean on the valid rows fits the share of likes among the shots. It moves LogLoss, "
             "ACC and ECE, not AUC."
         )
-    if recipe["model"]["backbone"] == _DEQUANTISED:
+    if recipe["model"]["backbone"] == DEQUANTISED:
         sentences.append(
             "The backbone is SmolLM2-135M-Instruct dequantised from a 4-bit file (Q4_1 GGUF), not "
             "the original bf16 weights."
@@ -204,11 +202,11 @@ def _interval_sentences(findings: dict[str, Any]) -> list[str]:
     few = [
         f"{facts['users']} {split}"
         for split, facts in findings["rows"].items()
-        if facts["users"] < _FEW_USERS
+        if facts["users"] < FEW_USERS
     ]
     if few:
         sentences.append(
-            f"There are only {' and '.join(few)} users: with fewer than {_FEW_USERS} a bootstrap "
+            f"There are only {' and '.join(few)} users: with fewer than {FEW_USERS} a bootstrap "
             "by user tends to be too narrow, so the true doubt is larger than shown."
         )
     return sentences
@@ -232,7 +230,7 @@ def _crm_sentence(crm: dict[str, Any]) -> str:
             text += (
                 f" What it tells the LLM about a training row comes from one of "
                 f"{len(unseen['folds'])} further recommenders, trained without the row's fold of "
-                f"{cut}; their AUC on the rows they did not see is {_plain(unseen['auc'])}."
+                f"{cut}; their AUC on the rows they did not see is {words.plain(unseen['auc'])}."
             )
         return text
     return (
@@ -368,51 +366,3 @@ def _smooth(values: list[float]) -> list[float]:
     """Mean of the last few values at each place."""
     windows = (values[max(0, n - _SMOOTH_STEPS + 1) : n + 1] for n in range(len(values)))
     return [sum(window) / len(window) for window in windows]
-
-
-def verdict(metric: str, gap: dict[str, float] | None) -> str:
-    """`ahead`, `behind`, or `not separated` when the interval of a difference holds zero."""
-    if gap is None or gap["low"] <= 0 <= gap["high"]:
-        return "not separated"
-    better = (gap["high"] < 0) == (metric in _LOWER_IS_BETTER)
-    return "ahead" if better else "behind"
-
-
-def _plain(value: float) -> str:
-    """A figure with three decimals and no leading zero, as the field writes it."""
-    text = f"{value:.3f}"
-    return text[1:] if text.startswith("0.") else text
-
-
-def _figure(estimate: dict[str, float] | None) -> Markup:
-    """Value above its interval, for a table cell."""
-    if estimate is None:
-        return Markup('<span class="none">not defined</span>')
-    return Markup('<b>{}</b><span class="interval">{}{}{}</span>').format(
-        _plain(estimate["value"]), _plain(estimate["low"]), _TO, _plain(estimate["high"])
-    )
-
-
-def _signed(estimate: dict[str, float] | None) -> str:
-    """A difference with its interval and explicit signs."""
-    if estimate is None:
-        return "not defined"
-
-    def sign(value: float) -> str:
-        return f"{_MINUS if value < 0 else '+'}{_plain(abs(value))}"
-
-    return f"{sign(estimate['value'])} ({sign(estimate['low'])} to {sign(estimate['high'])})"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(seconds, 60)
-    return f"{rest:.1f} s" if minutes < 1 else f"{int(minutes)} min {rest:.0f} s"
-
-
-def _size(num_bytes: int) -> str:
-    value = float(num_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"

@@ -8,6 +8,7 @@ models are compared on the same draws, because the noise they share cancels in t
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from rellax_ds.errors import TableError
 from rellax_ds.runtime import stable_seed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import ArrayLike, NDArray
 
     FloatArray = NDArray[np.float64]
@@ -76,6 +79,16 @@ class Resampled:
         gaps = {name: self.replicates[name] - other.replicates[name] for name in METRICS}
         return Resampled(values, gaps)
 
+    @classmethod
+    def mean(cls, parts: Sequence[Resampled]) -> Resampled:
+        """The mean over models, for example of several seeds, within every resample."""
+        values: dict[str, float | None] = {}
+        for name in METRICS:
+            known = [v for v in (part.values[name] for part in parts) if v is not None]
+            values[name] = sum(known) / len(known) if len(known) == len(parts) else None
+        stacked = {name: np.stack([part.replicates[name] for part in parts]) for name in METRICS}
+        return cls(values, {name: rows.mean(axis=0) for name, rows in stacked.items()})
+
 
 class UserBootstrap:
     """The draws of users for one set of rows, shared by every model scored on them."""
@@ -92,8 +105,8 @@ class UserBootstrap:
             TableError: There are no rows, or only one user: nothing can be resampled.
         """
         self.users = np.asarray(users)
-        names, self._group = np.unique(self.users, return_inverse=True)
-        self.num_users = int(names.size)
+        self._names, self._group = np.unique(self.users, return_inverse=True)
+        self.num_users = int(self._names.size)
         if self.num_users < 2:
             raise TableError(
                 f"bootstrap: {self.num_users} user in {self.users.size} rows; "
@@ -105,6 +118,24 @@ class UserBootstrap:
         counts = np.bincount(flat.ravel(), minlength=num_resamples * self.num_users)
         self.weights = counts.reshape(num_resamples, self.num_users).astype(np.float64)
 
+    def on(self, users: ArrayLike) -> UserBootstrap:
+        """The same draws of the same users, for other rows of theirs: those of another seed.
+
+        Args:
+            users: User of each of those rows, [M] integers.
+
+        Raises:
+            TableError: One of them is none of the users drawn from.
+        """
+        rows = np.asarray(users)
+        group = np.searchsorted(self._names, rows)
+        known = self._names[np.minimum(group, self.num_users - 1)] == rows
+        if not known.all():
+            raise TableError(f"bootstrap: user {rows[~known][0]} is none of the users drawn from")
+        other = copy.copy(self)
+        other.users, other._group = rows, group
+        return other
+
     def resample(self, labels: ArrayLike, logits: ArrayLike) -> Resampled:
         """Every metric on the rows themselves and on every resample.
 
@@ -115,6 +146,7 @@ class UserBootstrap:
         y = np.asarray(labels, dtype=np.float64)
         scores = np.asarray(logits, dtype=np.float64)
         rows = self._mean_over(np.ones_like(y))
+        rows[rows == 0] = np.nan  # none of the users drawn has a row here: see `on`
         replicates = {
             "auc": self._auc(y, scores),
             "log_loss": self._mean_over(metrics.row_log_loss(y, scores)) / rows,
@@ -157,18 +189,24 @@ class UserBootstrap:
         """GAUC per resample: a user's own AUC does not change when the user is drawn twice."""
         per_user, rows = metrics.user_auc(self._group, y, scores)
         counted = np.where(np.isnan(per_user), 0.0, rows)
-        weight = self.weights @ counted
-        total = self.weights @ (counted * np.nan_to_num(per_user))
+        weights = self._weights_here()
+        weight = weights @ counted
+        total = weights @ (counted * np.nan_to_num(per_user))
         gauc: FloatArray = np.divide(
             total, weight, out=np.full_like(total, np.nan), where=weight > 0
         )
         return gauc
 
+    def _weights_here(self) -> FloatArray:
+        """How often each user that has rows was drawn, [B, users with rows]."""
+        return self.weights[:, np.unique(self._group)]
+
     def _ndcg(self, y: FloatArray, scores: FloatArray) -> FloatArray:
         """NDCG@10 per resample: like GAUC, a mean of what each user has by itself."""
         per_user = metrics.user_ndcg(self._group, y, scores)
-        users = self.weights @ (~np.isnan(per_user)).astype(np.float64)
-        total = self.weights @ np.nan_to_num(per_user)
+        weights = self._weights_here()
+        users = weights @ (~np.isnan(per_user)).astype(np.float64)
+        total = weights @ np.nan_to_num(per_user)
         ndcg: FloatArray = np.divide(total, users, out=np.full_like(total, np.nan), where=users > 0)
         return ndcg
 

@@ -49,7 +49,8 @@ class LoopState:
         skipped_in_a_row: Those at the end of the run so far.
         scored: Step of the last valid score; -1 before the first.
         centre: What the model subtracts from its logit.
-        best_step: Step of the best valid AUC after training began, None before.
+        best_step: Step of the best valid AUC after training began, None before; 0 if there is no
+            training.
         best_auc: That AUC.
         stale: Valid scores since then.
         untrained: Valid metrics before the first step.
@@ -180,12 +181,8 @@ class Loop:
         state.scored = state.step
         if state.step == 0:
             state.untrained = found
-        elif state.best_step is None or found["auc"] > state.best_auc:
-            state.stale = 0
-            if self._keep_adapter():
-                state.best_step, state.best_auc = state.step, found["auc"]
-        else:
-            state.stale += 1
+        if state.step > 0 or self.total == 0:  # what is never trained is kept as it is
+            self._keep_if_best(found["auc"])
         self.sinks.write(
             {"event": "valid", "step": state.step, "rows": len(scores.labels)}
             | found
@@ -198,6 +195,15 @@ class Loop:
                 *(state.step, self.total, found["auc"], found["log_loss"]),
                 "" if state.step else " (untrained)",
             )
+
+    def _keep_if_best(self, auc: float) -> None:
+        state = self.state
+        if state.best_step is not None and auc <= state.best_auc:
+            state.stale += 1
+            return
+        state.stale = 0
+        if self._keep_adapter():
+            state.best_step, state.best_auc = state.step, auc
 
     def _checkpoint(self) -> None:
         self.engine.processes.at(f"the checkpoint of step {self.state.step}")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rellax_ds.config import parse_recipe
-from rellax_ds.evaluation import charts, report
+from rellax_ds.evaluation import charts, report, words
 from rellax_ds.evaluation.findings import find
-from rellax_ds.evaluation.markdown import interval
+from rellax_ds.evaluation.words import interval
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -198,4 +198,4 @@ def test_chart_keeps_text_labels_and_their_digits() -> None:
 def test_verdict_follows_the_interval_and_the_metrics_direction(
     metric: str, low: float, high: float, value: float, verdict: str
 ) -> None:
-    assert report.verdict(metric, {"value": value, "low": low, "high": high}) == verdict
+    assert words.verdict(metric, {"value": value, "low": low, "high": high}) == verdict

@@ -111,6 +111,23 @@ def test_untrained_model_starts_at_the_base_rate(
     assert found["true"]["log_loss"] != found["false"]["log_loss"]
 
 
+def test_training_of_no_epochs_commits_the_model_as_it_is_scored_at_step_0(
+    recipe_file: Path, make_work: Callable[..., WorkDir]
+) -> None:
+    work = make_work()
+    manifest = run_train(load_recipe(recipe_file, ["train.epochs=0"]), work)
+    folder = work.stage_dir("train")
+    (scored,) = records(folder, "valid")
+    assert records(folder, "step") == []
+    assert (manifest.counts["steps"], manifest.counts["step"]) == (0, 0)
+    assert manifest.counts["valid_auc"] == scored["auc"] == manifest.counts["untrained"]["auc"]
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    up = [tensor for name, tensor in weights.items() if "lora_B" in name]
+    assert up
+    assert not any(bool(tensor.any()) for tensor in up)
+    assert json.loads((folder / "adapter" / "rellax.json").read_text())["centre"] != 0.0
+
+
 def test_checkpoint_of_another_recipe_is_refused_by_field_and_survives(
     recipe_file: Path, make_work: Callable[..., WorkDir]
 ) -> None:

@@ -1,0 +1,124 @@
+"""What ReLLaX gains over recommenders and over plain LoRA, from a study's stored predictions.
+
+Nothing is run: the figures are computed from what `rellax study --study ml100k_quality` has left.
+Everything that is chosen is chosen on valid (mean AUC over seeds): K, shots and recommender of
+ReLLaX, K of plain LoRA at the same shots, and the best recommender. The interval of a difference
+resamples users, all seeds at once. The gate: the runs of a seed have the same test rows, every
+score is finite and no planned seed of what is compared is missing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.report import Report, parser
+from rellax_ds.errors import RellaxError
+from rellax_ds.evaluation import study_page, words
+from rellax_ds.evaluation.study import Comparison, find, group
+from rellax_ds.evaluation.study_runs import StudyRuns
+
+if TYPE_CHECKING:
+    from rellax_ds.evaluation.significance import Resampled
+
+MINIMUM_SEEDS = 3
+
+
+def main() -> int:
+    """Compute the figures; 1 when the gate fails."""
+    arguments = parser(__doc__)
+    arguments.add_argument("study", nargs="?", type=Path, default="work/studies/ml100k_quality")
+    arguments.add_argument("--rellax", default="ml100k_rellax", help="method that is ReLLaX")
+    arguments.add_argument("--lora", default="ml100k_lora_recent", help="method that is plain LoRA")
+    options = arguments.parse_args()
+    report = Report("quality")
+    try:
+        study = StudyRuns.read(options.study)
+        document = find(study)
+        measure(report, study, document, options.rellax, options.lora)
+        lines = study_page.statements(document)
+        report.body.append("\n".join(f"- {line}" for line in lines))
+    except RellaxError as error:
+        report.check(False, str(error))
+    return report.finish(options.report)
+
+
+def measure(
+    report: Report, study: StudyRuns, document: dict[str, Any], rellax: str, lora: str
+) -> None:
+    """Choose what is compared, check it, and write figures and tables into the report."""
+    ours = best(report, document, rellax, None)
+    plain = best(report, document, lora, None if ours is None else ours["shots"])
+    if ours is None or plain is None:
+        return
+    crm = max(document["recommenders"], key=lambda row: row["valid_auc"])
+    seeds = ours["seeds"]
+    for row in (ours, plain, crm):
+        missing = row.get("missing_seeds") or sorted(set(seeds) - set(row["seeds"]))
+        report.check(not missing, f"{row['label']} lacks the seeds {missing}")
+    report.check(len(seeds) >= MINIMUM_SEEDS, f"{len(seeds)} seeds, {MINIMUM_SEEDS} are needed")
+    if report.failures:
+        return
+    compared = Comparison.of(study.scored)
+    of_cell: dict[object, dict[int, Any]] = {
+        cell_of(row): logits(study, row) for row in (ours, plain)
+    }
+    by_crm = group(study.scored, lambda one: one.crm)[crm["kind"], tuple(crm["axes"].items())]
+    of_cell["crm"] = {seed: one.test.crm for seed, one in by_crm.items()}
+
+    def mean(key: object) -> Resampled:
+        return compared.mean(key, of_cell[key], seeds)
+
+    for key, row in (
+        ("rellax", cell_of(ours)),
+        ("best_crm", "crm"),
+        ("lora_recent", cell_of(plain)),
+    ):
+        found = mean(row).estimates()["auc"]
+        if found is not None:
+            report.figures[f"{key}_test_auc"] = found.value
+    for key, other in (("crm", "crm"), ("lora", cell_of(plain))):
+        gap = mean(cell_of(ours)).minus(mean(other)).estimates()["auc"]
+        if gap is not None:
+            report.figures[f"rellax_minus_{key}_low"] = gap.low
+            report.figures[f"rellax_minus_{key}"] = gap.value
+            report.figures[f"rellax_minus_{key}_high"] = gap.high
+    report.table(
+        ["chosen on valid", "K", "shots", "seeds", "valid AUC", "test AUC", "CRM saw"],
+        [
+            [
+                *(row["label"], row.get("history_length", ""), row.get("shots", ""), len(seeds)),
+                *(row["valid_auc"], words.interval(row["auc"]), study_page.crm_saw(row)),
+            ]
+            for row in (ours, plain, crm)
+        ],
+    )
+    report.body.append(study_page.table(document))
+
+
+def best(
+    report: Report, document: dict[str, Any], method: str, shots: int | None
+) -> dict[str, Any] | None:
+    """The cell of a method with the best mean valid AUC, at given shots if they are given."""
+    rows = [
+        row
+        for row in document["results"]
+        if row["method"] == method and shots in (None, row["shots"])
+    ]
+    at = "" if shots is None else f" at {shots} shots"
+    report.check(bool(rows), f"the study has no finished run of {method}{at}")
+    return max(rows, key=lambda row: row["valid_auc"]) if rows else None
+
+
+def cell_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """The cell a row of the findings is about."""
+    return row["method"], row["history_length"], row["shots"], tuple(row["axes"].items())
+
+
+def logits(study: StudyRuns, row: dict[str, Any]) -> dict[int, Any]:
+    """Test logits of a cell's runs by seed."""
+    return {one.seed: one.test.logit for one in study.scored if one.run.cell == cell_of(row)}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,311 @@
+"""The findings of a study: every method on the same rows, means over seeds, paired differences.
+
+A figure of a cell (method, K, shots) is the mean over its seeds. Its interval resamples users, all
+seeds at once: a resample draws users from those of all seeds' rows, every seed's metric is computed
+under those draws, and their mean is one replicate. Differences are taken seed by seed inside each
+resample, so what two methods share cancels. The spread between seeds stands beside the interval,
+which does not hold it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rellax_ds import metrics
+from rellax_ds.evaluation.significance import (
+    METRICS,
+    Estimate,
+    Resampled,
+    UserBootstrap,
+    point_values,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from rellax_ds.evaluation.study_runs import Rows, Scored, StudyRuns
+
+    Cell = tuple[str, int, int, tuple[tuple[str, Any], ...]]
+
+RESAMPLES = 1000
+
+
+@dataclass
+class Comparison:
+    """Resampled metrics of runs, seed by seed, under draws shared by all that is compared.
+
+    Attributes:
+        rows: Test rows by seed; runs of one seed have the same.
+        resamples: Resamples of users.
+    """
+
+    rows: dict[int, Rows]
+    resamples: int = RESAMPLES
+    _bootstraps: dict[tuple[int, ...], UserBootstrap] = field(default_factory=dict)
+    _found: dict[tuple[object, ...], Resampled] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, scored: Sequence[Scored], resamples: int = RESAMPLES) -> Comparison:
+        """A comparison of these runs."""
+        return cls({one.seed: one.test for one in scored}, resamples)
+
+    def mean(self, name: object, logits: dict[int, Any], seeds: Sequence[int]) -> Resampled:
+        """The mean over seeds of a model's metrics.
+
+        Args:
+            name: Of the model; what was computed for it is kept.
+            logits: Its logits on the test rows, by seed.
+            seeds: Seeds that count.
+        """
+        drawn = tuple(sorted(seeds))
+        return Resampled.mean([self._of_seed(name, logits[seed], seed, drawn) for seed in drawn])
+
+    def num_users(self, seeds: Sequence[int]) -> int:
+        """Users that are drawn from."""
+        return self._bootstrap(tuple(sorted(seeds))).num_users
+
+    def _of_seed(self, name: object, logits: Any, seed: int, drawn: tuple[int, ...]) -> Resampled:
+        key = (name, seed, drawn)
+        if key not in self._found:
+            rows = self.rows[seed]
+            bootstrap = self._bootstrap(drawn).on(rows.user)
+            self._found[key] = bootstrap.resample(rows.label, logits)
+        return self._found[key]
+
+    def _bootstrap(self, drawn: tuple[int, ...]) -> UserBootstrap:
+        if drawn not in self._bootstraps:
+            users = np.concatenate([self.rows[seed].user for seed in drawn])
+            self._bootstraps[drawn] = UserBootstrap(users, self.resamples, 0)
+        return self._bootstraps[drawn]
+
+
+def find(study: StudyRuns, resamples: int = RESAMPLES) -> dict[str, Any]:
+    """All figures of a study as one JSON-like document.
+
+    Args:
+        study: Its runs.
+        resamples: Resamples of users behind each interval.
+
+    Raises:
+        TableError: A metric is not defined on the scored rows.
+    """
+    compared = Comparison.of(study.scored, resamples)
+    reference = study.plan["reference"]
+    cells = group(study.scored, lambda one: one.run.cell)
+    results = [_result(compared, cell, cells, reference, study) for cell in cells]
+    recommenders = _recommenders(study.scored, compared, cells, reference)
+    first = study.scored[0]
+    return {
+        "name": study.plan["name"],
+        "description": study.plan["description"],
+        "reference": reference,
+        "resamples": resamples,
+        "runs": len(study.runs),
+        "missing": study.missing,
+        "seeds": sorted(compared.rows),
+        "rows": {str(seed): _describe(rows) for seed, rows in sorted(compared.rows.items())},
+        "users": compared.num_users(list(compared.rows)),
+        "results": results,
+        "recommenders": recommenders,
+        "best_recommender": max(recommenders, key=lambda row: row["valid_auc"])["label"],
+        "heterogeneity": _heterogeneity(study.scored),
+        "notes": _notes(study.scored),
+        "versions": first.versions,
+        "commits": sorted({one.commit for one in study.scored if one.commit}),
+    }
+
+
+def group(scored: Sequence[Scored], key: Callable[[Scored], Any]) -> dict[Any, dict[int, Scored]]:
+    """Runs by key, then by seed; the first of several with one key and seed counts."""
+    groups: dict[Any, dict[int, Scored]] = {}
+    for one in scored:
+        groups.setdefault(key(one), {}).setdefault(one.seed, one)
+    return groups
+
+
+def label_of(method: str, varied: Sequence[tuple[str, Any]]) -> str:
+    """A method's name with what varies beside K, shots and seed."""
+    return ", ".join([method, *(f"{key} {value}" for key, value in varied)])
+
+
+def reference_cell(cell: Cell, cells: dict[Cell, Any], reference: str) -> Cell | None:
+    """The reference method's cell of the same K and shots: with the same further values if there
+    is one, else with none.
+    """
+    _, length, shots, varied = cell
+    candidates = ((reference, length, shots, varied), (reference, length, shots, ()))
+    return next((found for found in candidates if found in cells), None)
+
+
+def _result(
+    compared: Comparison,
+    cell: Cell,
+    cells: dict[Cell, dict[int, Scored]],
+    reference: str,
+    study: StudyRuns,
+) -> dict[str, Any]:
+    method, length, shots, varied = cell
+    by_seed = cells[cell]
+    seeds = sorted(by_seed)
+    found = compared.mean(cell, _logits(by_seed), seeds)
+    other = reference_cell(cell, cells, reference)
+    gap = None
+    if other is not None and other != cell:
+        gap = _gap(compared, (cell, _logits(by_seed)), (other, _logits(cells[other])))
+    own_crm = {seed: one.test.crm for seed, one in by_seed.items()}
+    first = by_seed[seeds[0]]
+    return {
+        "method": method,
+        "label": label_of(method, varied),
+        "axes": dict(varied),
+        "history_length": length,
+        "shots": shots,
+        "seeds": seeds,
+        "missing_seeds": _missing_seeds(cell, study),
+        **_as_json(found),
+        "spread": _spread(compared, _logits(by_seed)),
+        "by_seed": [
+            {
+                "seed": seed,
+                "run": by_seed[seed].run.name,
+                **_figures(compared.rows[seed], by_seed[seed].test.logit),
+            }
+            for seed in seeds
+        ],
+        "valid_auc": _valid_auc(by_seed),
+        "minus_reference": gap,
+        "minus_crm": _gap(compared, (cell, _logits(by_seed)), ((cell, "crm"), own_crm)),
+        "crm": {
+            "kind": first.run.recipe.crm.kind,
+            "used": first.reads_crm,
+            "rows": first.crm_rows,
+            "train_rows": first.train_rows,
+        },
+        "trained_parameters": first.counts["trained_parameters"],
+        "steps": first.counts["steps"],
+        "seconds": {
+            name: round(float(np.mean([one.seconds[name] for one in by_seed.values()])), 6)
+            for name in first.seconds
+        },
+    }
+
+
+def _gap(
+    compared: Comparison,
+    ours: tuple[object, dict[int, Any]],
+    theirs: tuple[object, dict[int, Any]],
+) -> dict[str, Any] | None:
+    """The paired difference of two models on the seeds both have."""
+    seeds = sorted(set(ours[1]) & set(theirs[1]))
+    if not seeds:
+        return None
+    found = compared.mean(*ours, seeds).minus(compared.mean(*theirs, seeds))
+    return {"seeds": seeds, **_as_json(found)}
+
+
+def _recommenders(
+    scored: Sequence[Scored],
+    compared: Comparison,
+    cells: dict[Cell, dict[int, Scored]],
+    reference: str,
+) -> list[dict[str, Any]]:
+    """The recommenders alone, on the rows the LLMs have scored."""
+    found = []
+    for (kind, varied), by_seed in group(scored, lambda one: one.crm).items():
+        logits = {seed: one.test.crm for seed, one in by_seed.items()}
+        first = next(iter(by_seed.values()))
+        main = next((cell for cell in cells if cell[0] == reference), None)
+        gap = None
+        if main is not None:
+            gap = _gap(compared, (("crm", kind, varied), logits), (main, _logits(cells[main])))
+        found.append(
+            {
+                "kind": kind,
+                "label": label_of(f"CRM alone ({kind.upper()})", varied),
+                "axes": dict(varied),
+                "seeds": sorted(by_seed),
+                **_as_json(compared.mean(("crm", kind, varied), logits, sorted(by_seed))),
+                "spread": _spread(compared, logits),
+                "valid_auc": float(np.mean([one.crm_valid_auc for one in by_seed.values()])),
+                "rows": first.crm_rows,
+                "train_rows": first.train_rows,
+                "minus_reference": gap,
+                "reference_cell": None if main is None else [main[1], main[2]],
+            }
+        )
+    return found
+
+
+def _logits(by_seed: dict[int, Scored]) -> dict[int, Any]:
+    return {seed: one.test.logit for seed, one in by_seed.items()}
+
+
+def _as_json(found: Resampled) -> dict[str, dict[str, float | int] | None]:
+    estimates: dict[str, Estimate | None] = found.estimates()
+    return {name: estimate.as_dict() if estimate else None for name, estimate in estimates.items()}
+
+
+def _figures(rows: Rows, logits: Any) -> dict[str, float | None]:
+    """Every metric on one seed's rows."""
+    return point_values(rows.user, rows.label, logits)
+
+
+def _spread(compared: Comparison, logits: dict[int, Any]) -> dict[str, dict[str, float]] | None:
+    """Standard deviation (of a sample) and range of each metric over seeds; None for one seed."""
+    if len(logits) < 2:
+        return None
+    figures = [_figures(compared.rows[seed], found) for seed, found in sorted(logits.items())]
+    spread = {}
+    for name in METRICS:
+        values = [value for value in (found[name] for found in figures) if value is not None]
+        if len(values) == len(figures):
+            spread[name] = {
+                "std": float(np.std(values, ddof=1)),
+                "min": min(values),
+                "max": max(values),
+            }
+    return spread
+
+
+def _valid_auc(by_seed: dict[int, Scored]) -> float:
+    rows = [one.valid for one in by_seed.values()]
+    return float(np.mean([metrics.auc(part.label, part.logit) for part in rows]))
+
+
+def _missing_seeds(cell: Cell, study: StudyRuns) -> list[int]:
+    """Seeds that are planned for a cell and not finished."""
+    names = set(study.missing)
+    return sorted(run.recipe.seed for run in study.runs if run.name in names and run.cell == cell)
+
+
+def _describe(rows: Rows) -> dict[str, Any]:
+    return {
+        "n": int(rows.sample.size),
+        "users": int(np.unique(rows.user).size),
+        "base_rate": float(rows.label.mean()),
+    }
+
+
+def _heterogeneity(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
+    """Mean distinct genres by history and K; the first run's figure counts where runs differ."""
+    merged: dict[str, dict[str, float]] = {}
+    for one in scored:
+        for kind, by_k in one.heterogeneity.items():
+            for k, value in by_k.items():
+                merged.setdefault(kind, {}).setdefault(k, value)
+    return merged
+
+
+def _notes(scored: Sequence[Scored]) -> dict[str, Any]:
+    """What a reader must know of the recipes to judge the figures."""
+    recipes = [one.run.recipe for one in scored]
+    return {
+        "backbones": sorted({recipe.model.backbone for recipe in recipes}),
+        "history_weights": sorted({recipe.train.history_weight for recipe in recipes}),
+        "centred": sorted({recipe.train.centre_logit for recipe in recipes}),
+        "frozen_histories": sorted({recipe.data.freeze_history for recipe in recipes}),
+        "datasets": sorted({recipe.data.dataset for recipe in recipes}),
+    }

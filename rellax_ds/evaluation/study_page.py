@@ -1,0 +1,302 @@
+"""study.json, study.md and study.html: the findings of a study for machines, terminals and readers.
+
+The two pages hold the same table and sentences. Every table says which rows the recommender was
+trained on, because a method that reads it is not few-shot, whatever its shots.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from rellax_ds.artifacts import write_bytes, write_json
+from rellax_ds.evaluation import charts, words
+from rellax_ds.evaluation.markdown import table_text
+from rellax_ds.evaluation.report import ACKNOWLEDGEMENT, DEQUANTISED, FEW_USERS, TITLES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+_METRICS = ("auc", "log_loss", "gauc")
+_DASH = "\u2013"
+
+
+def write(findings: dict[str, Any], directory: Path) -> None:
+    """Write study.json, study.md and study.html.
+
+    Args:
+        findings: What `study.find` returned.
+        directory: Where the files go.
+    """
+    document = findings | {"statements": statements(findings)}
+    write_json(directory / "study.json", document)
+    write_bytes(directory / "study.md", markdown(document).encode())
+    write_bytes(directory / "study.html", render(document).encode())
+
+
+def statements(findings: dict[str, Any]) -> list[str]:
+    """Plain sentences on what was compared and how sure it is."""
+    rows = list(findings["rows"].values())
+    seeds = ", ".join(str(seed) for seed in findings["seeds"])
+    sizes = sorted({part["n"] for part in rows})
+    notes = findings["notes"]
+    found = [
+        f"Test rows: {' or '.join(f'{size:,}' for size in sizes)} a seed, {findings['users']:,} "
+        f"users over all seeds ({seeds}). A seed draws the shots, the scored rows and the start of "
+        "every model. All methods of a seed are scored on the same rows.",
+        "Figures are means over the seeds. Intervals are 95 % percentile intervals over "
+        f"{findings['resamples']:,} resamples of users, all seeds at once; differences are taken "
+        "seed by seed inside each resample. The spread between seeds (standard deviation) stands "
+        "beside them and is not in them. Intervals are not corrected for the number of methods.",
+        _crm_statement(findings),
+        "Adapters are chosen on the valid rows, the recommender's epoch on the valid split; test "
+        "rows are scored with what was chosen.",
+    ]
+    if True in notes["centred"]:
+        found.append(
+            "One constant was subtracted from the logits of each LLM so that their mean on valid "
+            "fits the shots' share of likes, also zero-shot; it moves LogLoss, not AUC or GAUC."
+        )
+    if any(weight > 0 for weight in notes["history_weights"]):
+        found.append(
+            "Training also supervises the answers of the history's own questions; this is not part "
+            "of the published methods."
+        )
+    if DEQUANTISED in notes["backbones"]:
+        found.append("SmolLM2-135M-Instruct is dequantised from a 4-bit file, not the original.")
+    if False in notes["frozen_histories"]:
+        found.append("Histories stream: they hold all events before the target, also of test.")
+    if findings["users"] < FEW_USERS:
+        found.append(
+            f"There are only {findings['users']} users: with fewer than {FEW_USERS} a bootstrap by "
+            "user tends to be too narrow."
+        )
+    if findings["missing"]:
+        found.append(
+            f"{len(findings['missing'])} of {findings['runs']} runs are not finished: "
+            f"{', '.join(findings['missing'])}."
+        )
+    return found
+
+
+def _crm_statement(findings: dict[str, Any]) -> str:
+    seen = sorted({(row["rows"], row["train_rows"]) for row in findings["recommenders"]})
+    parts = [
+        f"all {rows:,} training rows (the full training set)"
+        if rows == of
+        else f"{rows:,} of {of:,} training rows"
+        for rows, of in seen
+    ]
+    return (
+        f"The recommender (CRM) was trained on {' or '.join(parts)}. Methods with an entry under "
+        "“CRM saw” read its item embeddings or its h: with it they are not few-shot, whatever "
+        "their shots."
+    )
+
+
+def crm_saw(row: dict[str, Any]) -> str:
+    """What a table says of the recommender that a method reads."""
+    crm = row.get("crm", {**row, "used": True})
+    if not crm["used"]:
+        return _DASH
+    whole = "full train" if crm["rows"] == crm["train_rows"] else f"of {crm['train_rows']:,}"
+    return f"{crm['rows']:,} ({whole})"
+
+
+def seeds_of(row: dict[str, Any]) -> str:
+    """Seeds of a row, those that are missing named."""
+    text = ", ".join(str(seed) for seed in row["seeds"])
+    missing = ", ".join(str(seed) for seed in row.get("missing_seeds", []))
+    return f"{text} (missing: {missing})" if missing else text
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The tables and the sentences as Markdown."""
+    blocks = [f"# {document['name']}", document["description"], table(document)]
+    blocks += ["\n".join(f"- {sentence}" for sentence in document["statements"])]
+    header = ["method", "K", "shots", "trained parameters", "steps", "training s", "steps alone s"]
+    header += ["scoring ms a row", "CRM saw"]
+    costs = [_cost(row) for row in document["results"]]
+    blocks += ["## Cost", table_text(header, costs), _COST_NOTE]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def table(document: dict[str, Any]) -> str:
+    """Every method and recommender as a Markdown table."""
+    header = ["method", "K", "shots", "seeds", *(TITLES[name] for name in _METRICS)]
+    header += ["AUC over seeds", f"AUC minus {document['reference']}", "CRM saw"]
+    return table_text(
+        header, [_cells(row) for row in document["results"] + document["recommenders"]]
+    )
+
+
+_COST_NOTE = (
+    "Means over seeds, from the manifests and the training log; where runs share a training or a "
+    "scoring, its time is given for each. The recommender and the data path are not counted."
+)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    gap = row["minus_reference"]
+    return [
+        row["label"],
+        str(row.get("history_length", _DASH)),
+        f"{row['shots']:,}" if "shots" in row else _DASH,
+        seeds_of(row),
+        *(words.interval(row[name]) for name in _METRICS),
+        _spread(row),
+        f"{words.signed(gap['auc'])}, {words.verdict('auc', gap['auc'])}" if gap else _DASH,
+        crm_saw(row),
+    ]
+
+
+def _spread(row: dict[str, Any]) -> str:
+    found = (row.get("spread") or {}).get("auc")
+    if found is None:
+        return _DASH
+    low, high = words.plain(found["min"]), words.plain(found["max"])
+    return f"sd {words.plain(found['std'])}, {low} to {high}"
+
+
+def _cost(row: dict[str, Any]) -> list[str]:
+    seconds = row["seconds"]
+    return [
+        row["label"],
+        str(row["history_length"]),
+        f"{row['shots']:,}",
+        f"{row['trained_parameters']:,}",
+        f"{row['steps']:,}",
+        f"{seconds['train']:.1f}",
+        f"{seconds['steps']:.1f}",
+        f"{1000 * seconds['predict_per_row']:.1f}",
+        crm_saw(row),
+    ]
+
+
+def render(document: dict[str, Any]) -> str:
+    """The page, as HTML text that fetches nothing."""
+    environment = Environment(
+        loader=PackageLoader("rellax_ds", "evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Callable[..., Any]] = {
+        "figure": words.figure,
+        "signed": words.signed,
+        "count": lambda number: f"{number:,}",
+        "seeds": seeds_of,
+        "spread": _spread,
+        "crm_saw": crm_saw,
+        "cost": _cost,
+    }
+    environment.filters |= filters
+    return environment.get_template("study.html.j2").render(
+        document,
+        metrics=_METRICS,
+        titles=TITLES,
+        verdict=words.verdict,
+        charts={name: Markup(svg) for name, svg in draw(document).items()},
+        cost_note=_COST_NOTE,
+        acknowledgement=ACKNOWLEDGEMENT if _is_movielens(document) else "",
+    )
+
+
+def _is_movielens(document: dict[str, Any]) -> bool:
+    return any(name.startswith("movielens") for name in document["notes"]["datasets"])
+
+
+def draw(document: dict[str, Any]) -> dict[str, str]:
+    """The charts by name; one without data is left out."""
+    results = document["results"]
+    drawn = {}
+    for name, axis, other, words_of_axis in (
+        ("history", "history_length", "shots", "K, history items"),
+        ("shots", "shots", "history_length", "shots"),
+    ):
+        series = _series(results, axis, other)
+        if series:
+            drawn[name] = charts.series_chart(
+                f"Test AUC over {words_of_axis}",
+                words_of_axis,
+                "test AUC",
+                series,
+                doubling=axis == "shots",
+            )
+    at = main_point(results)
+    here = [row for row in results if (row["history_length"], row["shots"]) == at]
+    here.sort(key=lambda row: row["label"] != document["reference"])
+    drawn["ablation"] = charts.interval_chart(
+        "Test AUC by method", "test AUC, 95 % interval", [_bar(r["label"], r["auc"]) for r in here]
+    )
+    gaps = [(r["label"], r["minus_reference"]["auc"]) for r in here if r["minus_reference"]]
+    if gaps:
+        drawn["gaps"] = charts.interval_chart(
+            "Difference to the reference",
+            f"test AUC minus {document['reference']}, 95 % interval",
+            [(document["reference"], 0.0, 0.0, 0.0), *(_bar(*gap) for gap in gaps)],
+        )
+    if document["heterogeneity"]:
+        drawn["heterogeneity"] = charts.line_chart(
+            "Distinct genres in the history by K",
+            "K, history items",
+            "mean number of genres",
+            [_by_size(name, by_k) for name, by_k in document["heterogeneity"].items()],
+        )
+    for name, key, label, scale in (
+        ("training_cost", "steps", "seconds of training steps", 1.0),
+        ("scoring_cost", "predict_per_row", "milliseconds to score a row", 1000.0),
+    ):
+        drawn[name] = charts.cost_chart(
+            f"Test AUC over {label}",
+            label,
+            "test AUC",
+            [
+                (row["label"], scale * row["seconds"][key], *_bar(row["label"], row["auc"])[1:])
+                for row in here
+            ],
+        )
+    return drawn
+
+
+def main_point(results: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """K and shots that most methods were run at; the larger of equals."""
+    counted = Counter((row["history_length"], row["shots"]) for row in results)
+    return max(counted, key=lambda point: (counted[point], point))
+
+
+def _series(results: Sequence[dict[str, Any]], axis: str, other: str) -> list[charts.Series]:
+    """A series for every method and value of the other axis with two points or more."""
+    lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in results:
+        lines.setdefault((row["label"], row[other]), []).append(row)
+    several = len({row[other] for row in results}) > 1
+    found = []
+    for (label, value), rows in lines.items():
+        rows = sorted(rows, key=lambda row: row[axis])
+        if len(rows) < 2:
+            continue
+        unit = "shots" if other == "shots" else "K"
+        figures = [row["auc"] for row in rows]
+        found.append(
+            charts.Series(
+                f"{label}, {unit} {value:,}" if several else label,
+                [row[axis] for row in rows],
+                *([figure[part] for figure in figures] for part in ("value", "low", "high")),
+            )
+        )
+    return found
+
+
+def _bar(label: str, estimate: dict[str, float]) -> tuple[str, float, float, float]:
+    return label, estimate["value"], estimate["low"], estimate["high"]
+
+
+def _by_size(name: str, by_k: dict[str, float]) -> charts.Line:
+    sizes = sorted(by_k, key=int)
+    return charts.Line(name, [int(k) for k in sizes], [by_k[k] for k in sizes], marks=True)

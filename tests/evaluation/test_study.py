@@ -1,0 +1,197 @@
+"""Findings and pages of a study whose runs are made up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from made_studies import commit, forget, make_study
+
+from rellax_ds import metrics
+from rellax_ds.artifacts import WorkDir
+from rellax_ds.errors import ArtifactError, TableError
+from rellax_ds.evaluation import study_page
+from rellax_ds.evaluation.significance import UserBootstrap
+from rellax_ds.evaluation.study import find
+from rellax_ds.evaluation.study_runs import StudyRuns
+from rellax_ds.study import Run
+
+Made = tuple[Path, list[Run]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make_study(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def found(made: Made) -> dict[str, Any]:
+    return find(StudyRuns.read(made[0]), 200)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Made:
+    """A study of its own that a test may damage: one cell of each method, two seeds."""
+    axes = {"shards.history_length": [5], "seed": [1, 2]}
+    return make_study(tmp_path, grids=[{"methods": ["plain.yaml", "full.yaml"], "axes": axes}])
+
+
+def row(found: dict[str, Any], label: str, length: int = 10, shots: int = 100) -> dict[str, Any]:
+    (one,) = (
+        r
+        for r in found["results"]
+        if (r["label"], r["history_length"], r["shots"]) == (label, length, shots)
+    )
+    return dict(one)
+
+
+def test_rows(root: Path, run: str) -> pa.Table:
+    path = root / "runs" / run / "7_predict" / "predictions.parquet"
+    return pq.read_table(path, filters=[("split", "=", 2)])
+
+
+test_rows.__test__ = False  # type: ignore[attr-defined]
+
+
+def test_figures_are_means_over_seeds_with_their_spread(made: Made, found: dict[str, Any]) -> None:
+    ours = row(found, "full")
+    aucs = []
+    for seed in (1, 2, 3):
+        table = test_rows(made[0], f"full-K10-n100-s{seed}")
+        aucs.append(metrics.auc(table["label"].to_numpy(), table["logit"].to_numpy()))
+    assert ours["seeds"] == [1, 2, 3]
+    assert ours["auc"]["value"] == pytest.approx(np.mean(aucs))
+    assert ours["auc"]["low"] < ours["auc"]["value"] < ours["auc"]["high"]
+    assert ours["spread"]["auc"]["std"] == pytest.approx(np.std(aucs, ddof=1))
+    assert [one["auc"] for one in ours["by_seed"]] == pytest.approx(aucs)
+
+
+def test_differences_are_paired_with_the_reference_of_the_same_k_and_shots(
+    found: dict[str, Any],
+) -> None:
+    ours, theirs = row(found, "full"), row(found, "plain")
+    gap = ours["minus_reference"]["auc"]
+    assert gap["value"] == pytest.approx(ours["auc"]["value"] - theirs["auc"]["value"])
+    # Pairing pays: the interval of the difference is narrower than either model's own.
+    assert gap["high"] - gap["low"] < ours["auc"]["high"] - ours["auc"]["low"]
+    assert gap["low"] > 0
+    assert theirs["minus_reference"] is None
+    varied = row(found, "full, crm.kind sim")
+    assert varied["minus_reference"]["seeds"] == varied["seeds"] == [1, 2]
+
+
+def test_recommenders_stand_on_the_same_rows_and_the_best_is_chosen_on_valid(
+    made: Made, found: dict[str, Any]
+) -> None:
+    by_label = {r["label"]: r for r in found["recommenders"]}
+    assert set(by_label) == {"CRM alone (DIN)", "CRM alone (SIM)"}
+    assert found["best_recommender"] == "CRM alone (DIN)"
+    aucs = []
+    for seed in (1, 2, 3):
+        table = test_rows(made[0], f"full-K10-n100-s{seed}")
+        work = WorkDir(made[0] / "runs" / f"full-K10-n100-s{seed}")
+        logits = np.load(work.stage_dir("crm") / "logits.npy")[table["sample"].to_numpy()]
+        aucs.append(metrics.auc(table["label"].to_numpy(), logits))
+    assert by_label["CRM alone (DIN)"]["auc"]["value"] == pytest.approx(np.mean(aucs))
+    minus = row(found, "full")["minus_crm"]["auc"]["value"]
+    assert minus == pytest.approx(row(found, "full")["auc"]["value"] - np.mean(aucs))
+
+
+def test_pages_say_what_the_recommender_saw_and_hold_every_figure(
+    found: dict[str, Any], tmp_path: Path
+) -> None:
+    study_page.write(found, tmp_path)
+    document = json.loads((tmp_path / "study.json").read_text())
+    trained = document["recommenders"][0]["rows"]
+    for name in ("study.md", "study.html"):
+        text = (tmp_path / name).read_text()
+        assert f"{trained:,} (full train)" in text
+        assert "full training set" in text
+        for one in document["results"]:
+            assert f"{one['auc']['value']:.3f}".removeprefix("0") in text
+    lines = (tmp_path / "study.md").read_text().splitlines()
+    (plain,) = (line for line in lines if line.startswith("| plain | 5 | 50 | 1, 2, 3 |"))
+    assert plain.endswith("| \N{EN DASH} |")
+    html = (tmp_path / "study.html").read_text()
+    assert html.count("<svg") == 7
+    assert "http" not in html.replace("http-equiv", "")
+
+
+def test_pages_are_the_same_for_the_same_runs(made: Made, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+        study_page.write(find(StudyRuns.read(made[0]), 50), folder)
+    for name in ("study.json", "study.md", "study.html"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+def test_missing_run_is_named_and_its_seed_left_out(small: Made) -> None:
+    root, _ = small
+    forget(root, "full-K5-n800-s2")
+    found = find(StudyRuns.read(root), 50)
+    ours = row(found, "full", 5, 800)
+    assert (ours["seeds"], ours["missing_seeds"], ours["spread"]) == ([1], [2], None)
+    assert ours["minus_reference"]["seeds"] == [1]
+    assert found["missing"] == ["full-K5-n800-s2"]
+    assert any("full-K5-n800-s2" in line for line in study_page.statements(found))
+    assert "1 (missing: 2)" in study_page.markdown(found | {"statements": []})
+
+
+def change_predictions(root: Path, run: str, change: Any) -> None:
+    work = WorkDir(root / "runs" / run)
+    table = pq.read_table(work.stage_dir("predict") / "predictions.parquet")
+    changed = change(table)
+    commit(work, "predict", lambda folder: pq.write_table(changed, folder / "predictions.parquet"))
+
+
+def test_runs_of_one_seed_on_other_rows_are_refused(small: Made) -> None:
+    change_predictions(small[0], "full-K5-n800-s1", lambda table: table.slice(1))
+    with pytest.raises(TableError, match=r"full-K5-n800-s1 .*same rows"):
+        StudyRuns.read(small[0])
+
+
+def test_score_that_is_not_finite_is_refused(small: Made) -> None:
+    def poison(table: pa.Table) -> pa.Table:
+        bad = pc.if_else(
+            pc.equal(table["sample"], table["sample"][3]), float("nan"), table["logit"]
+        )
+        return table.set_column(5, "logit", bad.cast(pa.float32()))
+
+    change_predictions(small[0], "full-K5-n800-s2", poison)
+    with pytest.raises(TableError, match="not finite"):
+        StudyRuns.read(small[0])
+
+
+def test_study_without_a_finished_run_names_the_command(small: Made) -> None:
+    forget(small[0], *(run.name for run in small[1]))
+    with pytest.raises(ArtifactError, match="rellax study"):
+        StudyRuns.read(small[0])
+
+
+def test_bootstrap_on_other_rows_uses_the_same_draws_of_users() -> None:
+    rng = np.random.default_rng(0)
+    users = np.repeat(np.arange(20), 8)
+    labels, logits = rng.integers(0, 2, users.size), rng.normal(size=users.size)
+    whole = UserBootstrap(users, 100, 0)
+    part = np.flatnonzero(users % 3 == 0)
+    found = whole.on(users[part]).resample(labels[part], logits[part])
+    for draw in (0, 57):
+        weight = whole.weights[draw][users[part]]
+        rows = np.repeat(part, weight.astype(int))
+        names = np.repeat(np.arange(part.size), weight.astype(int))
+        copies = users[rows] * 1000 + [list(names[:n]).count(names[n]) for n in range(names.size)]
+        assert found.replicates["auc"][draw] == pytest.approx(
+            metrics.auc(labels[rows], logits[rows])
+        )
+        assert found.replicates["gauc"][draw] == pytest.approx(
+            metrics.gauc(copies, labels[rows], logits[rows]).value
+        )
+    with pytest.raises(TableError, match="user 99"):
+        whole.on([0, 99])

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from rellax_ds.crm_config import CRM_NAMES as CRM_NAMES
 from rellax_ds.crm_config import CRMConfig as CRMConfig
 from rellax_ds.crm_config import CRMKind as CRMKind
 from rellax_ds.data_config import DataConfig as DataConfig

@@ -16,6 +16,20 @@ CRMKind = Literal[
     "din", "sim", "sim_full", "dien", "sasrec", "gru4rec", "caser", "deepfm", "dcnv2", "autoint"
 ]
 
+CRM_NAMES: dict[CRMKind, str] = {
+    "din": "DIN",
+    "sim": "SIM",
+    "sim_full": "two-stage SIM",
+    "dien": "DIEN",
+    "sasrec": "SASRec",
+    "gru4rec": "GRU4Rec",
+    "caser": "Caser",
+    "deepfm": "DeepFM",
+    "dcnv2": "DCN-V2",
+    "autoint": "AutoInt",
+}
+"""What each kind is called in a report."""
+
 
 class CRMConfig(Section):
     """Stage 4: the conventional recommender whose embeddings feed SPA and CFLoRA."""

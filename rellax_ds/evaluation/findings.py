@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from rellax_ds import metrics
 from rellax_ds.artifacts import STAGES
+from rellax_ds.config import CRM_NAMES
 from rellax_ds.errors import ArtifactError
 from rellax_ds.evaluation.baselines import FEATURES, Log, LogisticBaseline, last_labels
 from rellax_ds.evaluation.gates import gate_norms
@@ -199,7 +200,7 @@ def _model_names(evidence: Evidence) -> dict[str, str]:
     return {
         "rellax": evidence.model_name,
         "ensemble": f"{evidence.model_name} and CRM, mean logit",
-        "crm": f"CRM alone ({evidence.recipe.crm.kind.upper()})",
+        "crm": f"CRM alone ({CRM_NAMES[evidence.recipe.crm.kind]})",
         "logistic": "logistic on item and user means",
         "last_labels": "mean of the last 10 labels",
     }

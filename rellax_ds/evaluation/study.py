@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rellax_ds import metrics
+from rellax_ds.config import CRM_NAMES
 from rellax_ds.evaluation.significance import (
     METRICS,
     Estimate,
@@ -224,7 +225,7 @@ def _recommenders(
         found.append(
             {
                 "kind": kind,
-                "label": label_of(f"CRM alone ({kind.upper()})", varied),
+                "label": label_of(f"CRM alone ({CRM_NAMES[kind]})", varied),
                 "axes": dict(varied),
                 "seeds": sorted(by_seed),
                 **_as_json(compared.mean(("crm", kind, varied), logits, sorted(by_seed))),

@@ -21,6 +21,11 @@ CHANGES: dict[str, tuple[str, set[str]]] = {
     "ml100k_cflora": ("ml100k_methods", {"model.interaction"}),
     "ml100k_rellax": ("ml100k_methods", {"shards.history", "model.interaction", "model.spa"}),
     "ml100k_rellax_recent": ("ml100k_rellax", {"shards.history"}),
+    "ml100k_rellax_folds": ("ml100k_rellax_recent", {"crm.folds"}),
+    "ml100k_residual": (
+        "ml100k_rellax_folds",
+        {"model.residual", "model.interaction_scope"},
+    ),
     "ml100k_two_stage": ("ml100k_rellax", {"model.adapter", "model.train_factors"}),
 }
 

@@ -101,10 +101,9 @@ class SIM(Recommender):
         a = self.architecture
         if view.batch.gaps is None:
             raise TableError("crm.kind sim_full: the events have no times; rerun `rellax tables`")
-        # The gradient of a choice is zero: the soft search learns by its own logit alone.
+        # A choice of places has no gradient: the soft search learns by its own logit alone.
         if self.soft_search is not None:
             relevance_BK, search_logit = self.soft_search(view)
-            relevance_BK = relevance_BK.detach()
             found_BK = view.mask > 0
         else:
             relevance_BK, search_logit = -places_from_last(view.mask).float(), None

@@ -82,7 +82,7 @@ def start(
     recipe: str, tokens: int, rank: int, ranks: int, port: str, folder: Path
 ) -> subprocess.Popen[bytes]:
     """Start one rank of one thread."""
-    environment = runtime.rank_environment(threads=1) | {
+    environment = runtime.rank_environment(threads=1, cuda=False) | {
         "OMP_NUM_THREADS": "1",
         "MALLOC_MMAP_THRESHOLD_": _RETURNED,
         **{"RANK": str(rank), "LOCAL_RANK": str(rank)},

@@ -1,6 +1,6 @@
 """Start the ranks of a training on this machine, and build what DeepSpeed compiles once.
 
-DeepSpeed's own launcher starts the ranks; on CPU it is always told their number, because it would
+DeepSpeed's own launcher starts the ranks; it is always told their number, because on CPU it would
 count sockets otherwise. It runs in a session of its own: a Ctrl-C or SIGTERM reaches only us, and
 we pass it on as a STOP file, which leaves the ranks all the time a checkpoint needs. Its exit
 status proves nothing (a killed launcher reports success): callers look for the committed artefact.
@@ -10,7 +10,9 @@ status proves nothing (a killed launcher reports success): callers look for the 
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -47,17 +49,16 @@ def launch_ranks(num_processes: int, arguments: list[str], stop_file: Path) -> i
     Returns:
         The launcher's exit status; a hint, not a proof of success.
     """
+    cuda = torch.cuda.is_available()
+    runtime.prepare_engine(cuda=cuda)
+    threads = max(1, runtime.num_cpus() // num_processes)
+    environment = runtime.rank_environment(threads, cuda)
     command = [
-        *(sys.executable, "-m", "deepspeed.launcher.runner"),
-        *("--num_accelerators", str(num_processes)),
-        *("--hostfile", os.devnull),
+        *(_launcher_with_devices if cuda else _launcher)(num_processes),
         *("--master_port", str(_free_port())),
         *("--module", "--no_local_rank", "--quiet"),
         *(_MODULE, *arguments),
     ]
-    runtime.prepare_engine(cuda=torch.cuda.is_available())
-    threads = max(1, runtime.num_cpus() // num_processes)
-    environment = runtime.rank_environment(threads)
     stop_file.unlink(missing_ok=True)
     process = subprocess.Popen(
         command, env=environment, stdout=sys.stderr.fileno(), start_new_session=True
@@ -67,6 +68,27 @@ def launch_ranks(num_processes: int, arguments: list[str], stop_file: Path) -> i
             return process.wait()
         finally:
             _end_stragglers(process.pid)
+
+
+def _launcher_with_devices(num_processes: int) -> list[str]:
+    """DeepSpeed's runner, which knows which GPUs it may give to the ranks."""
+    return [
+        *(sys.executable, "-m", "deepspeed.launcher.runner"),
+        *("--num_accelerators", str(num_processes)),
+        *("--hostfile", os.devnull),
+    ]
+
+
+def _launcher(num_processes: int) -> list[str]:
+    """What the runner starts on this machine; without devices to hand out, it has nothing to add
+    but seconds.
+    """
+    world = json.dumps({"localhost": list(range(num_processes))})
+    return [
+        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
+        f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}",
+        "--master_addr=127.0.0.1",
+    ]
 
 
 def warm() -> None:

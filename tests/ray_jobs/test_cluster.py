@@ -145,7 +145,7 @@ def test_sbatch_starts_ray_with_flags_that_exist() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.slow_soak
 def test_sbatch_on_two_nodes_commits_the_stage_and_ends_its_ray(tmp_path: Path) -> None:
     """Slurm's commands are stood in for by scripts that run everything on this machine."""
     binaries = tmp_path / "bin"

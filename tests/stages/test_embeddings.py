@@ -44,7 +44,7 @@ def commit_items(work, items):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.slow_soak
 def test_second_run_encodes_only_new_texts_and_gives_the_bytes_of_a_fresh_one(tmp_path):
     backbone = tiny_causal_lm(tmp_path / "llm")
     settings = {"encoder": "backbone", "dimensions": 8}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from rellax_ds.artifacts import write_bytes, write_json
@@ -66,25 +66,7 @@ def write(findings: dict[str, Any], directory: Path) -> None:
 
 def render(document: dict[str, Any]) -> str:
     """The page, as HTML text."""
-    environment = Environment(
-        loader=PackageLoader("rellax_ds", "evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters: dict[str, Callable[..., str]] = {
-        "figure": words.figure,
-        "signed": words.signed,
-        "count": lambda number: f"{number:,}",
-        "percent": lambda share: f"{share:.1%}",
-        "duration": words.duration,
-        "size": words.size,
-        "plain": words.plain,
-    }
-    environment.filters |= filters
-    template = environment.get_template("report.html.j2")
-    return template.render(
+    return template("report.html.j2").render(
         document,
         metrics=METRICS,
         titles=TITLES,
@@ -96,6 +78,33 @@ def render(document: dict[str, Any]) -> str:
         counts_yaml=_yaml({stage["stage"]: stage["counts"] for stage in document["stages"]}),
         acknowledgement=ACKNOWLEDGEMENT,
     )
+
+
+def template(name: str, **filters: Callable[..., Any]) -> Template:
+    """A page's template: values are escaped, and one that is missing is an error.
+
+    Args:
+        name: File beside this one.
+        **filters: Filters by name, beside those that write figures.
+    """
+    environment = Environment(
+        loader=PackageLoader("rellax_ds", "evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    own: dict[str, Callable[..., Any]] = {
+        "figure": words.figure,
+        "signed": words.signed,
+        "count": lambda number: f"{number:,}",
+        "percent": lambda share: f"{share:.1%}",
+        "duration": words.duration,
+        "size": words.size,
+        "plain": words.plain,
+    }
+    environment.filters |= own | filters
+    return environment.get_template(name)
 
 
 def statements(findings: dict[str, Any]) -> dict[str, list[str]]:

@@ -9,16 +9,21 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rellax_ds.artifacts import write_bytes, write_json
 from rellax_ds.evaluation import charts, words
 from rellax_ds.evaluation.markdown import table_text
-from rellax_ds.evaluation.report import ACKNOWLEDGEMENT, DEQUANTISED, FEW_USERS, TITLES
+from rellax_ds.evaluation.report import (
+    ACKNOWLEDGEMENT,
+    DEQUANTISED,
+    FEW_USERS,
+    TITLES,
+    template,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 _METRICS = ("auc", "log_loss", "gauc")
@@ -179,24 +184,8 @@ def _cost(row: dict[str, Any]) -> list[str]:
 
 def render(document: dict[str, Any]) -> str:
     """The page, as HTML text that fetches nothing."""
-    environment = Environment(
-        loader=PackageLoader("rellax_ds", "evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters: dict[str, Callable[..., Any]] = {
-        "figure": words.figure,
-        "signed": words.signed,
-        "count": lambda number: f"{number:,}",
-        "seeds": seeds_of,
-        "spread": _spread,
-        "crm_saw": crm_saw,
-        "cost": _cost,
-    }
-    environment.filters |= filters
-    return environment.get_template("study.html.j2").render(
+    page = template("study.html.j2", seeds=seeds_of, spread=_spread, crm_saw=crm_saw, cost=_cost)
+    return page.render(
         document,
         metrics=_METRICS,
         titles=TITLES,

@@ -79,7 +79,8 @@ def start_hosts(
 
 def wait_hosts(processes: list[subprocess.Popen[bytes]], work: WorkDir) -> list[int]:
     statuses = [process.wait(timeout=200) for process in processes]
-    left = [p for p in psutil.process_iter(["cmdline"]) if str(work.root) in p.info["cmdline"]]
+    running = psutil.process_iter(["cmdline"])
+    left = [p for p in running if str(work.root) in (p.info["cmdline"] or ())]
     assert not psutil.wait_procs(left, timeout=10)[1], "a process outlived the training"
     return statuses
 

@@ -217,7 +217,8 @@ def _parameter_groups(model: ReLLaX, train: TrainConfig) -> list[ParameterGroup]
         rate = rates.get(name, train.interaction_learning_rate)
         matrices = {n: p for n, p in parameters.items() if len(_shape(p)) > 1}
         vectors = {n: p for n, p in parameters.items() if len(_shape(p)) <= 1}
-        groups.append(ParameterGroup(name, matrices, rate, train.weight_decay))
+        if matrices:
+            groups.append(ParameterGroup(name, matrices, rate, train.weight_decay))
         if vectors:
             groups.append(ParameterGroup(f"{name} without decay", vectors, rate, 0.0))
     return groups

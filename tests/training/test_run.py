@@ -128,6 +128,23 @@ def test_training_of_no_epochs_commits_the_model_as_it_is_scored_at_step_0(
     assert json.loads((folder / "adapter" / "rellax.json").read_text())["centre"] != 0.0
 
 
+def test_llm_beside_the_recommender_starts_centred_and_learns_its_weight(
+    recipe_file: Path, make_work: Callable[..., WorkDir]
+) -> None:
+    work = make_work()
+    changes = ["model.residual=crm", "train.epochs=1", "train.residual_learning_rate=0.1"]
+    run_train(load_recipe(recipe_file, changes), work)
+    adapter = work.stage_dir("train") / "adapter"
+    weight = load_file(adapter / "residual.safetensors")["weight"]
+    assert weight.shape == (1,)
+    assert 0 < abs(float(weight)) < 1
+    untrained, *_ = records(work.stage_dir("train"), "valid")
+    plain = make_work()
+    run_train(load_recipe(recipe_file, ["train.epochs=1"]), plain)
+    alone = records(plain.stage_dir("train"), "valid")[0]
+    assert untrained["auc"] == alone["auc"], "before training the LLM is scored alone"
+
+
 def test_checkpoint_of_another_recipe_is_refused_by_field_and_survives(
     recipe_file: Path, make_work: Callable[..., WorkDir]
 ) -> None:

@@ -13,8 +13,9 @@ from the one without it (stacking, Wolpert 1992). Two ways of cutting:
 Two trainings need not put the same meaning on the same unit. All start from the same weights, and a
 fold's vectors are brought to the full recommender's axes by a linear map (ridge regression) fitted
 on the valid rows, which neither was trained on; its item vectors by one fitted on the items both
-have seen. Logits need no map. The map is the one way by which a row's label still reaches its own
-features: through the full recommender's weights and a regression on thousands of other rows.
+have seen. Logits need no map. What a fold's recommender learns does not depend on the labels of its
+fold, but two things come from the full one, which has seen them: how many epochs to train, and the
+axes, by the coefficients of the maps.
 """
 
 from __future__ import annotations

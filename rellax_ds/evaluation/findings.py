@@ -231,7 +231,8 @@ def _bootstrap(evidence: Evidence, ids: IntArray) -> UserBootstrap:
     return UserBootstrap(evidence.user[ids], recipe.predict.bootstrap, recipe.seed)
 
 
-def _as_json(estimates: dict[str, Estimate | None]) -> dict[str, dict[str, float | int] | None]:
+def as_json(estimates: dict[str, Estimate | None]) -> dict[str, dict[str, float | int] | None]:
+    """Estimates by metric, for JSON; None where a metric is not defined."""
     return {name: found.as_dict() if found else None for name, found in estimates.items()}
 
 
@@ -247,7 +248,7 @@ def _compare(
         {
             "model": key,
             **size,
-            **_as_json(found.estimates()),
+            **as_json(found.estimates()),
             "ece": metrics.ece(labels, logits[key]),
         }
         for key, found in resampled.items()
@@ -257,7 +258,7 @@ def _compare(
             "model": first,
             "minus": second,
             **size,
-            **_as_json(resampled[first].minus(resampled[second]).estimates()),
+            **as_json(resampled[first].minus(resampled[second]).estimates()),
         }
         for first, second in _PAIRS
     ]
@@ -288,7 +289,7 @@ def _full_split(evidence: Evidence, logistic: LogisticBaseline) -> list[dict[str
             "split": "test",
             "n": int(ids.size),
             "users": bootstrap.num_users,
-            **_as_json(bootstrap.resample(labels, logits).estimates()),
+            **as_json(bootstrap.resample(labels, logits).estimates()),
             "ece": metrics.ece(labels, logits),
         }
         for key, logits in _cheap_logits(evidence, logistic, ids).items()
@@ -305,7 +306,7 @@ def _groups(evidence: Evidence, logistic: LogisticBaseline) -> list[dict[str, An
         if users >= _MIN_GROUP_USERS and 0 < labels.sum() < ids.size:
             bootstrap = _bootstrap(evidence, ids)
             for key, logits in _all_logits(evidence, logistic, ids).items():
-                scores[key] = _as_json(bootstrap.resample(labels, logits).estimates())["auc"]
+                scores[key] = as_json(bootstrap.resample(labels, logits).estimates())["auc"]
         found.append({"by": by, "group": name, "n": int(ids.size), "users": users, "auc": scores})
     return found
 

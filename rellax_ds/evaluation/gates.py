@@ -1,6 +1,6 @@
 """How far each layer's M(h) of a saved adapter departs from plain LoRA.
 
-The gates need h and their own weights, not the LLM, so this is a matter of milliseconds. A layer
+The gates need h and their own weights, not the LLM. A layer
 whose departure stays at zero is plain LoRA; one whose departure does not vary over the samples has
 learned a constant, which B could have held.
 """

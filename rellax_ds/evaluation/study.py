@@ -16,9 +16,9 @@ import numpy as np
 
 from rellax_ds import metrics
 from rellax_ds.config import CRM_NAMES
+from rellax_ds.evaluation.findings import as_json
 from rellax_ds.evaluation.significance import (
     METRICS,
-    Estimate,
     Resampled,
     UserBootstrap,
     point_values,
@@ -166,7 +166,7 @@ def _result(
         "shots": shots,
         "seeds": seeds,
         "missing_seeds": _missing_seeds(cell, study),
-        **_as_json(found),
+        **as_json(found.estimates()),
         "spread": _spread(compared, _logits(by_seed)),
         "by_seed": [
             {
@@ -204,7 +204,7 @@ def _gap(
     if not seeds:
         return None
     found = compared.mean(*ours, seeds).minus(compared.mean(*theirs, seeds))
-    return {"seeds": seeds, **_as_json(found)}
+    return {"seeds": seeds, **as_json(found.estimates())}
 
 
 def _recommenders(
@@ -228,7 +228,9 @@ def _recommenders(
                 "label": label_of(f"CRM alone ({CRM_NAMES[kind]})", varied),
                 "axes": dict(varied),
                 "seeds": sorted(by_seed),
-                **_as_json(compared.mean(("crm", kind, varied), logits, sorted(by_seed))),
+                **as_json(
+                    compared.mean(("crm", kind, varied), logits, sorted(by_seed)).estimates()
+                ),
                 "spread": _spread(compared, logits),
                 "valid_auc": float(np.mean([one.crm_valid_auc for one in by_seed.values()])),
                 "rows": first.crm_rows,
@@ -242,11 +244,6 @@ def _recommenders(
 
 def _logits(by_seed: dict[int, Scored]) -> dict[int, Any]:
     return {seed: one.test.logit for seed, one in by_seed.items()}
-
-
-def _as_json(found: Resampled) -> dict[str, dict[str, float | int] | None]:
-    estimates: dict[str, Estimate | None] = found.estimates()
-    return {name: estimate.as_dict() if estimate else None for name, estimate in estimates.items()}
 
 
 def _figures(rows: Rows, logits: Any) -> dict[str, float | None]:

@@ -98,7 +98,7 @@ def _crm_statement(findings: dict[str, Any]) -> str:
     ]
     return (
         f"The recommender (CRM) was trained on {' or '.join(parts)}. Methods with an entry under "
-        "“CRM saw” read its item embeddings or its h: with it they are not few-shot, whatever "
+        "“CRM saw” read its item embeddings, h or logit: with it they are not few-shot, whatever "
         "their shots."
     )
 

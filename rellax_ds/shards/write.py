@@ -108,8 +108,7 @@ class ShardWorker:
         self._seen = scales["item_table"].any(axis=1)
         self._instances = np.load(self._crm / "instances.npy", mmap_mode="r", allow_pickle=False)
         self._logits = np.load(self._crm / "logits.npy", mmap_mode="r", allow_pickle=False)
-        folds = self._crm / "folds.npy"
-        self._folds = np.load(folds, mmap_mode="r") if folds.exists() else None
+        self._folds = pool.read_folds(self._crm)
         self._height = len(_load_matrix(self._crm / "item_table.npy"))
 
     def __call__(self, partition: Partition, directory: Path) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """What ReLLaX gains over recommenders and over plain LoRA, from a study's stored predictions.
 
 Nothing is run: the figures are computed from what `rellax study --study ml100k_quality` has left.
-Everything that is chosen is chosen on valid (mean AUC over seeds): K, shots and recommender of
-ReLLaX, K of plain LoRA at the same shots, and the best recommender. The interval of a difference
-resamples users, all seeds at once. The gate: the runs of a seed have the same test rows, every
-score is finite and no planned seed of what is compared is missing.
+Everything that is chosen is chosen on valid (mean AUC over seeds) among what has three seeds: K,
+shots and recommender of ReLLaX, K of plain LoRA at the same shots, and the best recommender. The
+interval of a difference resamples users, all seeds at once. The gate: the runs of a seed have the
+same test rows, every score is finite and no planned seed of what is compared is missing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.report import Report, parser
 from rellax_ds.errors import RellaxError
 from rellax_ds.evaluation import study_page, words
-from rellax_ds.evaluation.study import Comparison, find, group
+from rellax_ds.evaluation.study import find
+from rellax_ds.evaluation.study_cells import Comparison, group
 from rellax_ds.evaluation.study_runs import StudyRuns
 
 if TYPE_CHECKING:
@@ -99,7 +100,10 @@ def measure(
 def best(
     report: Report, document: dict[str, Any], method: str, shots: int | None
 ) -> dict[str, Any] | None:
-    """The cell of a method with the best mean valid AUC, at given shots if they are given."""
+    """The cell of a method with the best mean valid AUC, at given shots if they are given.
+
+    Cells that are planned for fewer than `MINIMUM_SEEDS` seeds are no candidates.
+    """
     rows = [
         row
         for row in document["results"]
@@ -107,7 +111,8 @@ def best(
     ]
     at = "" if shots is None else f" at {shots} shots"
     report.check(bool(rows), f"the study has no finished run of {method}{at}")
-    return max(rows, key=lambda row: row["valid_auc"]) if rows else None
+    planned = [row for row in rows if len(row["seeds"] + row["missing_seeds"]) >= MINIMUM_SEEDS]
+    return max(planned or rows, key=lambda row: row["valid_auc"], default=None)
 
 
 def cell_of(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -138,6 +138,9 @@ class ModelConfig(Section):
         default=1.0, description="Divides the logits of kinds with a router."
     )
     interaction_shared: bool = Field(default=False, description="One router for all layers.")
+    interaction_scale: PositiveFloat = Field(
+        default=1.0, description="c in M = I + c f(h); kinds with a router have none."
+    )
     train_factors: bool = Field(
         default=True, description="Train A and B; false trains the gates and SPA only."
     )

@@ -80,6 +80,8 @@ class InteractionSpec:
         factors: q; None is 4, or the rank if that is smaller.
         temperature: Divides the router's logits.
         shared: One router serves all layers.
+        scale: Multiplies what the head computes, f in M = I + f; a kind with a router has none. It
+            acts like a learning rate of M - I that weight decay does not see.
 
     Raises:
         ConfigError: The combination is not defined; names the field, the value and the remedy.
@@ -94,6 +96,7 @@ class InteractionSpec:
     factors: int | None = None
     temperature: float = 1.0
     shared: bool = False
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what the method does not define."""
@@ -114,6 +117,11 @@ class InteractionSpec:
             raise ConfigError(
                 f"interaction_temperature is {self.temperature}; it divides logits and must be "
                 "above 0"
+            )
+        if self.scale != 1.0 and (self.routed or self.kind == "identity" or self.scale <= 0):
+            raise ConfigError(
+                f"interaction_scale is {self.scale:g} with interaction {self.kind}; it must be "
+                f"above 0, and 1 for identity and for kinds with a router ({', '.join(ROUTED)})"
             )
         if self.head == "factorised":
             self._check_factorised()
@@ -149,6 +157,8 @@ class InteractionSpec:
             words.append(f"{self.experts} experts")
         if self.routed:
             words.append(f"temperature {self.temperature:g}")
+        if self.scale != 1.0:
+            words.append(f"scale {self.scale:g}")
         return ", ".join(words)
 
     @property

@@ -19,6 +19,7 @@ from rellax_ds import metrics
 from rellax_ds.artifacts import STAGES
 from rellax_ds.config import CRM_NAMES
 from rellax_ds.errors import ArtifactError
+from rellax_ds.evaluation import test_reads
 from rellax_ds.evaluation.baselines import FEATURES, Log, LogisticBaseline, last_labels
 from rellax_ds.evaluation.gates import gate_norms
 from rellax_ds.evaluation.groups import groups_of
@@ -76,6 +77,7 @@ class Evidence:
         residual_weight: Learned weight of the LLM beside the recommender's logit, where it has one.
         gates: How far every layer's M(h) is from plain LoRA; empty without gates.
         prompts: The lines of the watched valid prompts.
+        test_reads: When test rows were scored in this folder, `test_reads.read`.
     """
 
     recipe: Recipe
@@ -92,6 +94,7 @@ class Evidence:
     residual_weight: float | None = None
     gates: list[dict[str, Any]] = field(default_factory=list)
     prompts: list[dict[str, Any]] = field(default_factory=list)
+    test_reads: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def read(cls, recipe: Recipe, work: WorkDir) -> Evidence:
@@ -128,6 +131,7 @@ class Evidence:
             residual_weight=_residual_weight(work.stage_dir("train") / "adapter"),
             gates=gate_norms(work.stage_dir("train") / "adapter", work.stage_dir("shards")),
             prompts=_read_lines(work.stage_dir("train") / "scored.jsonl"),
+            test_reads=test_reads.read(work.root),
         )
 
     def rows_of(self, split: int) -> IntArray:
@@ -171,6 +175,7 @@ def find(evidence: Evidence) -> dict[str, Any]:
         "model": evidence.model_name,
         "selected_on_valid": bool(valid.size),
         "test_label": "test" if valid.size else "held-out",
+        "test_reads": {"all": evidence.test_reads, "key": evidence.manifests["predict"].key},
         "rows": {split: _describe_rows(evidence, ids) for split, ids in splits.items()},
         "models": names,
         "results": results,

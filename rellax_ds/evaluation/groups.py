@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rellax_ds.evaluation.baselines import Log
 
     IntArray = NDArray[np.int64]
+    BoolArray = NDArray[np.bool_]
 
 _TRAIN = 0
 _HISTORY_EDGES = (20, 50, 100)
@@ -51,6 +52,17 @@ def groups_of(log: Log, user: IntArray, rows: IntArray) -> list[Group]:
         *_between("history", length, _HISTORY_EDGES, rows),
         *_between("target", popularity, _POPULARITY_EDGES, rows),
     ]
+
+
+def history_groups(lengths: IntArray) -> list[tuple[str, BoolArray]]:
+    """The groups by history length alone: name, and which of the rows are in it.
+
+    Args:
+        lengths: Events in the user's history before each row's target, [N].
+    """
+    places = np.arange(lengths.size)
+    groups = _between("history", lengths, _HISTORY_EDGES, places)
+    return [(group.name, np.isin(places, group.rows)) for group in groups]
 
 
 def _between(by: str, values: IntArray, edges: tuple[int, ...], rows: IntArray) -> list[Group]:

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from rellax_ds.artifacts import write_bytes, write_json
-from rellax_ds.evaluation import charts, words
+from rellax_ds.evaluation import charts, test_reads, words
 from rellax_ds.evaluation.markdown import render_markdown
 from rellax_ds.evaluation.significance import METRICS
 
@@ -167,6 +167,9 @@ def _protocol_sentences(findings: dict[str, Any]) -> list[str]:
             "split is scored with the chosen model. Valid figures took part in the choice and "
             "flatter it."
         )
+    scored = test_reads.sentence(findings["test_reads"]["all"], findings["test_reads"]["key"])
+    if scored is not None:
+        sentences.append(scored)
     if recipe["train"]["centre_logit"]:
         sentences.append(
             "One constant was subtracted from every logit of the LLM: set before training so that "

@@ -9,7 +9,6 @@ which does not hold it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,70 +16,21 @@ import numpy as np
 from rellax_ds import metrics
 from rellax_ds.config import CRM_NAMES
 from rellax_ds.evaluation.findings import as_json
-from rellax_ds.evaluation.significance import (
-    METRICS,
-    Resampled,
-    UserBootstrap,
-    point_values,
+from rellax_ds.evaluation.significance import METRICS, point_values
+from rellax_ds.evaluation.study_cells import (
+    RESAMPLES,
+    Comparison,
+    group,
+    label_of,
+    reference_cell,
 )
+from rellax_ds.evaluation.study_groups import by_history
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
+    from rellax_ds.evaluation.study_cells import Cell
     from rellax_ds.evaluation.study_runs import Rows, Scored, StudyRuns
-
-    Cell = tuple[str, int, int, tuple[tuple[str, Any], ...]]
-
-RESAMPLES = 1000
-
-
-@dataclass
-class Comparison:
-    """Resampled metrics of runs, seed by seed, under draws shared by all that is compared.
-
-    Attributes:
-        rows: Test rows by seed; runs of one seed have the same.
-        resamples: Resamples of users.
-    """
-
-    rows: dict[int, Rows]
-    resamples: int = RESAMPLES
-    _bootstraps: dict[tuple[int, ...], UserBootstrap] = field(default_factory=dict)
-    _found: dict[tuple[object, ...], Resampled] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, scored: Sequence[Scored], resamples: int = RESAMPLES) -> Comparison:
-        """A comparison of these runs."""
-        return cls({one.seed: one.test for one in scored}, resamples)
-
-    def mean(self, name: object, logits: dict[int, Any], seeds: Sequence[int]) -> Resampled:
-        """The mean over seeds of a model's metrics.
-
-        Args:
-            name: Of the model; what was computed for it is kept.
-            logits: Its logits on the test rows, by seed.
-            seeds: Seeds that count.
-        """
-        drawn = tuple(sorted(seeds))
-        return Resampled.mean([self._of_seed(name, logits[seed], seed, drawn) for seed in drawn])
-
-    def num_users(self, seeds: Sequence[int]) -> int:
-        """Users that are drawn from."""
-        return self._bootstrap(tuple(sorted(seeds))).num_users
-
-    def _of_seed(self, name: object, logits: Any, seed: int, drawn: tuple[int, ...]) -> Resampled:
-        key = (name, seed, drawn)
-        if key not in self._found:
-            rows = self.rows[seed]
-            bootstrap = self._bootstrap(drawn).on(rows.user)
-            self._found[key] = bootstrap.resample(rows.label, logits)
-        return self._found[key]
-
-    def _bootstrap(self, drawn: tuple[int, ...]) -> UserBootstrap:
-        if drawn not in self._bootstraps:
-            users = np.concatenate([self.rows[seed].user for seed in drawn])
-            self._bootstraps[drawn] = UserBootstrap(users, self.resamples, 0)
-        return self._bootstraps[drawn]
 
 
 def find(study: StudyRuns, resamples: int = RESAMPLES) -> dict[str, Any]:
@@ -112,33 +62,13 @@ def find(study: StudyRuns, resamples: int = RESAMPLES) -> dict[str, Any]:
         "results": results,
         "recommenders": recommenders,
         "best_recommender": max(recommenders, key=lambda row: row["valid_auc"])["label"],
+        "groups": by_history(cells, reference, resamples),
         "heterogeneity": _heterogeneity(study.scored),
         "notes": _notes(study.scored),
+        "test_reads": _test_reads(study),
         "versions": first.versions,
         "commits": sorted({one.commit for one in study.scored if one.commit}),
     }
-
-
-def group(scored: Sequence[Scored], key: Callable[[Scored], Any]) -> dict[Any, dict[int, Scored]]:
-    """Runs by key, then by seed; the first of several with one key and seed counts."""
-    groups: dict[Any, dict[int, Scored]] = {}
-    for one in scored:
-        groups.setdefault(key(one), {}).setdefault(one.seed, one)
-    return groups
-
-
-def label_of(method: str, varied: Sequence[tuple[str, Any]]) -> str:
-    """A method's name with what varies beside K, shots and seed."""
-    return ", ".join([method, *(f"{key} {value}" for key, value in varied)])
-
-
-def reference_cell(cell: Cell, cells: dict[Cell, Any], reference: str) -> Cell | None:
-    """The reference method's cell of the same K and shots: with the same further values if there
-    is one, else with none.
-    """
-    _, length, shots, varied = cell
-    candidates = ((reference, length, shots, varied), (reference, length, shots, ()))
-    return next((found for found in candidates if found in cells), None)
 
 
 def _result(
@@ -295,6 +225,18 @@ def _heterogeneity(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
             for k, value in by_k.items():
                 merged.setdefault(kind, {}).setdefault(k, value)
     return merged
+
+
+def _test_reads(study: StudyRuns) -> dict[str, Any]:
+    """How often test rows were scored in the study's folder, and when for what is shown."""
+    shown = {one.key for one in study.scored}
+    times = sorted(line["time"] for line in study.reads if line["key"] in shown)
+    return {
+        "scorings": len({line["key"] for line in study.reads}),
+        "shown": len(times),
+        "first": times[0] if times else None,
+        "last": times[-1] if times else None,
+    }
 
 
 def _notes(scored: Sequence[Scored]) -> dict[str, Any]:

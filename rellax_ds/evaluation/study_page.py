@@ -61,6 +61,19 @@ def statements(findings: dict[str, Any]) -> list[str]:
         "Adapters are chosen on the valid rows, the recommender's epoch on the valid split; test "
         "rows are scored with what was chosen.",
     ]
+    reads = findings["test_reads"]
+    if reads["shown"]:
+        others = reads["scorings"] - reads["shown"]
+        found.append(
+            f"Test rows were scored once for each of {reads['shown']} models shown, from "
+            f"{reads['first']} to {reads['last']}."
+            + (
+                f" Scorings of other models in this folder: {others}. Who chose between those has "
+                "used the test rows."
+                if others
+                else ""
+            )
+        )
     if True in notes["centred"]:
         found.append(
             "One constant was subtracted from the logits of each LLM so that their mean on valid "
@@ -123,6 +136,9 @@ def markdown(document: dict[str, Any]) -> str:
     """The tables and the sentences as Markdown."""
     blocks = [f"# {document['name']}", document["description"], table(document)]
     blocks += ["\n".join(f"- {sentence}" for sentence in document["statements"])]
+    grouped = group_table(document)
+    if grouped:
+        blocks += ["## By length of history", grouped, GROUP_NOTE]
     header = ["method", "K", "shots", "trained parameters", "steps", "training s", "steps alone s"]
     header += ["scoring ms a row", "CRM saw"]
     costs = [_cost(row) for row in document["results"]]
@@ -138,6 +154,44 @@ def table(document: dict[str, Any]) -> str:
         header, [_cells(row) for row in document["results"] + document["recommenders"]]
     )
 
+
+def group_cells(document: dict[str, Any]) -> list[list[str]]:
+    """AUC by length of history: a header, then a row per cell; empty without a defined group.
+
+    A cell of the table holds the AUC and, where there is one, the paired difference to the
+    reference. A group that no cell has a figure for is left out.
+    """
+    groups = document["groups"]
+    names = list(dict.fromkeys(entry["group"] for entry in groups if entry["auc"]))
+    if not names:
+        return []
+    sizes = {entry["group"]: entry for entry in groups}
+    header = ["method", "K", "shots"]
+    header += [f"{name} events ({sizes[name]['users']:,} users)" for name in names]
+    rows: dict[tuple[str, int, int], dict[str, str]] = {}
+    for entry in groups:
+        cell = (entry["label"], entry["history_length"], entry["shots"])
+        text = words.interval(entry["auc"])
+        if entry["minus_reference"]:
+            text = f"{words.plain(entry['auc']['value'])}, {words.signed(entry['minus_reference'])}"
+        rows.setdefault(cell, {})[entry["group"]] = text
+    return [header] + [
+        [label, str(length), f"{shots:,}", *(found[name] for name in names)]
+        for (label, length, shots), found in rows.items()
+    ]
+
+
+def group_table(document: dict[str, Any]) -> str:
+    """The same as a Markdown table."""
+    cells = group_cells(document)
+    return table_text(cells[0], cells[1:]) if cells else ""
+
+
+GROUP_NOTE = (
+    "Test AUC of the rows whose user had so many events before the target: with its interval for "
+    "the reference, with the paired difference to the reference and its interval for the others. "
+    "Retrieval changes a prompt only where the history is longer than K."
+)
 
 _COST_NOTE = (
     "Means over seeds, from the manifests and the training log; where runs share a training or a "
@@ -192,6 +246,8 @@ def render(document: dict[str, Any]) -> str:
         verdict=words.verdict,
         charts={name: Markup(svg) for name, svg in draw(document).items()},
         cost_note=_COST_NOTE,
+        group_note=GROUP_NOTE,
+        group_cells=group_cells(document),
         acknowledgement=ACKNOWLEDGEMENT if _is_movielens(document) else "",
     )
 

@@ -8,7 +8,7 @@ because every comparison rests on it.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from rellax_ds import metrics
 from rellax_ds.errors import ArtifactError, TableError
+from rellax_ds.evaluation import test_reads
 from rellax_ds.evaluation.findings import reads_recommender
 from rellax_ds.schema import PREDICTIONS, SPLITS, check_table
 from rellax_ds.study import read_plan
@@ -44,6 +45,7 @@ class Rows:
         label: Label of each, [N].
         logit: The run's logits, [N].
         crm: The logits of the run's own recommender, [N].
+        history: Events in the user's history before the target, [N].
     """
 
     sample: IntArray
@@ -51,6 +53,11 @@ class Rows:
     label: IntArray
     logit: FloatArray
     crm: FloatArray
+    history: IntArray
+
+    def where(self, chosen: NDArray[np.bool_]) -> Rows:
+        """Some of the rows, by a mask [N]."""
+        return Rows(*(getattr(self, part.name)[chosen] for part in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,7 @@ class Scored:
         seconds: What training and scoring took; the only part that differs between reruns.
         versions: Of Python and libraries that scored it.
         commit: Commit that scored it.
+        key: Key of the scoring.
     """
 
     run: Run
@@ -84,6 +92,7 @@ class Scored:
     seconds: dict[str, float]
     versions: dict[str, str]
     commit: str | None
+    key: str
 
     @property
     def seed(self) -> int:
@@ -103,11 +112,14 @@ class Scored:
 
 @dataclass(frozen=True)
 class StudyRuns:
-    """A study's plan and its finished runs, in the plan's order."""
+    """A study's plan and its finished runs, in the plan's order, and every scoring of test rows in
+    its folder, also of models that are no longer part of it (`test_reads.read`).
+    """
 
     plan: dict[str, Any]
     runs: list[Run]
     scored: list[Scored]
+    reads: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def read(cls, root: Path) -> StudyRuns:
@@ -123,7 +135,8 @@ class StudyRuns:
         if not scored:
             raise ArtifactError(f"{root}: no run of this study is finished; run `rellax study`")
         _check_same_rows(scored)
-        return cls(plan, runs, scored)
+        reads = [line for place in sorted(root.glob("stages/*")) for line in test_reads.read(place)]
+        return cls(plan, runs, scored, reads)
 
     @property
     def missing(self) -> list[str]:
@@ -143,8 +156,10 @@ def _read(run: Run, work: WorkDir) -> Scored:
     crm = work.stage_dir("crm")
     crm_logits = np.load(crm / "logits.npy", allow_pickle=False).astype(np.float64)
     samples = pq.read_table(
-        work.stage_dir("tables") / "samples.parquet", columns=["label", "split"]
+        work.stage_dir("tables") / "samples.parquet",
+        columns=["label", "split", "history_start", "history_end"],
     )
+    history = samples["history_end"].to_numpy() - samples["history_start"].to_numpy()
     split, label = samples["split"].to_numpy(), samples["label"].to_numpy()
     if crm_logits.size != split.size:
         raise ArtifactError(
@@ -156,8 +171,8 @@ def _read(run: Run, work: WorkDir) -> Scored:
     heterogeneity = work.stage_dir("retrieval") / "heterogeneity.json"
     return Scored(
         run=run,
-        test=_rows(columns, crm_logits, _TEST),
-        valid=_rows(columns, crm_logits, _VALID),
+        test=_rows(columns, crm_logits, history, _TEST),
+        valid=_rows(columns, crm_logits, history, _VALID),
         crm_valid_auc=metrics.auc(label[split == _VALID], crm_logits[split == _VALID]),
         crm_rows=int(of_train.size if held_out is None else (of_train < held_out).sum()),
         train_rows=int(of_train.size),
@@ -167,10 +182,11 @@ def _read(run: Run, work: WorkDir) -> Scored:
         seconds=_seconds(work, train.seconds, predict.seconds, table.num_rows),
         versions=predict.versions,
         commit=predict.commit,
+        key=predict.key,
     )
 
 
-def _rows(columns: dict[str, Any], crm_logits: FloatArray, split: int) -> Rows:
+def _rows(columns: dict[str, Any], crm_logits: FloatArray, history: IntArray, split: int) -> Rows:
     chosen = columns["split"] == split
     sample = columns["sample"][chosen].astype(np.int64)
     return Rows(
@@ -179,6 +195,7 @@ def _rows(columns: dict[str, Any], crm_logits: FloatArray, split: int) -> Rows:
         columns["label"][chosen].astype(np.int64),
         columns["logit"][chosen].astype(np.float64),
         crm_logits[sample],
+        history[sample].astype(np.int64),
     )
 
 

@@ -144,7 +144,7 @@ class StaticMatrices(StackedInteraction):
     Where A and B train as well it adds nothing to plain LoRA, since B M is just another B.
 
     Attributes:
-        offset: D, [T, R, R]; weight decay on it pulls M to I.
+        offset: D, [T, R, R], M = I + c D with c the spec's scale; weight decay on it pulls M to I.
     """
 
     def __init__(self, spec: InteractionSpec, num_layers: int) -> None:
@@ -165,7 +165,7 @@ class StaticMatrices(StackedInteraction):
         return self._gates().transpose(1, 2)
 
     def _gates(self) -> torch.Tensor:
-        return self.offset + _eye(self.spec.rank, self.offset)
+        return self.spec.scale * self.offset + _eye(self.spec.rank, self.offset)
 
 
 def stacked_interaction(
@@ -206,9 +206,11 @@ def interaction_gates(spec: InteractionSpec, outputs: torch.Tensor) -> torch.Ten
     rank, batch = spec.rank, outputs.shape[:-1]
     if spec.routed:
         return expert_gates(spec, torch.softmax(outputs / spec.temperature, dim=-1))
+    if spec.scale != 1.0 and spec.head != "factorised":
+        outputs = spec.scale * outputs
     if spec.head == "factorised":
         u, v = outputs.reshape(*batch, 2, rank, spec.factor_rank).unbind(-3)
-        gates = v @ u.transpose(-2, -1)
+        gates = spec.scale * v @ u.transpose(-2, -1)
     elif spec.kind == "full":
         gates = outputs.view(*batch, rank, rank)
     elif spec.kind == "block_full":

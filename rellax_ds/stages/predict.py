@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from rellax_ds.assets import resolve_model
-from rellax_ds.evaluation import predict
+from rellax_ds.evaluation import predict, test_reads
 from rellax_ds.partitions import drop_records, run_partitions
+from rellax_ds.schema import SPLITS
 from rellax_ds.shards.read import ShardReader
 from rellax_ds.stages.stage import Stage, StageContext
 
@@ -44,6 +45,7 @@ def build(context: StageContext) -> dict[str, Any]:
     paths = [context.directory / name for record in records for name in record.files]
     table = predict.merge(paths, predict.expected_samples(readers))
     pq.write_table(table, context.directory / "predictions.parquet")
+    test_reads.record(context.work.root, context.key, len(readers[SPLITS[-1]]))
     drop_records(context.directory, records, files=True)
     return {split: len(reader) for split, reader in readers.items()}
 

@@ -11,6 +11,7 @@ import pytest
 from made_studies import forget, make_study
 
 from benchmarks import quality
+from benchmarks.report import Report
 from rellax_ds.evaluation.study_runs import StudyRuns
 
 
@@ -60,3 +61,14 @@ def test_quality_compares_what_valid_chose_and_fails_when_a_seed_is_missing(
     assert status == 1
     assert "gate failed: plain lacks the seeds [3]" in output
     assert not figures
+
+
+def test_cell_of_few_seeds_is_no_candidate_though_it_looks_best() -> None:
+    lucky = {"method": "full", "shots": 9, "valid_auc": 0.9, "seeds": [1], "missing_seeds": []}
+    three = {**lucky, "valid_auc": 0.8, "seeds": [1, 2], "missing_seeds": [3]}
+    report = Report("quality")
+    assert quality.best(report, {"results": [lucky, three]}, "full", None) == three
+    assert quality.best(report, {"results": [lucky]}, "full", 9) == lucky
+    assert not report.failures
+    assert quality.best(report, {"results": [lucky]}, "plain", None) is None
+    assert report.failures

@@ -16,7 +16,7 @@ from made_studies import commit, forget, make_study
 from rellax_ds import metrics
 from rellax_ds.artifacts import WorkDir
 from rellax_ds.errors import ArtifactError, TableError
-from rellax_ds.evaluation import study_page
+from rellax_ds.evaluation import study_page, test_reads
 from rellax_ds.evaluation.significance import UserBootstrap
 from rellax_ds.evaluation.study import find
 from rellax_ds.evaluation.study_runs import StudyRuns
@@ -195,3 +195,48 @@ def test_bootstrap_on_other_rows_uses_the_same_draws_of_users() -> None:
         )
     with pytest.raises(TableError, match="user 99"):
         whole.on([0, 99])
+
+
+def test_groups_by_history_hold_every_row_once_and_pair_with_the_reference(
+    made: Made, found: dict[str, Any]
+) -> None:
+    (of_cell,) = (
+        [g for g in found["groups"] if (g["label"], g["history_length"], g["shots"]) == cell]
+        for cell in [("full", 10, 100)]
+    )
+    tables = [test_rows(made[0], f"full-K10-n100-s{seed}") for seed in (1, 2, 3)]
+    assert sum(group["rows"] for group in of_cell) == sum(table.num_rows for table in tables)
+    defined = [group for group in of_cell if group["auc"]]
+    assert defined
+    samples = pq.read_table(made[0] / "runs/full-K10-n100-s1/1_tables/samples.parquet")
+    length = pc.subtract(samples["history_end"], samples["history_start"]).to_numpy()
+    low, high = {"below 20": (0, 20), "20 to 49": (20, 50)}.get(defined[0]["group"], (0, 0))
+    aucs = []
+    for table in tables:
+        inside = length[table["sample"].to_numpy()]
+        inside = (inside >= low) & (inside < high)
+        aucs.append(
+            metrics.auc(table["label"].to_numpy()[inside], table["logit"].to_numpy()[inside])
+        )
+    assert defined[0]["auc"]["value"] == pytest.approx(np.mean(aucs))
+    theirs = {g["group"]: g for g in found["groups"] if g["label"] == "plain"}
+    gap = defined[0]["minus_reference"]
+    assert gap["low"] <= gap["value"] <= gap["high"]
+    assert all(group["minus_reference"] is None for group in theirs.values())
+    text = study_page.group_table(found)
+    assert f"{defined[0]['group']} events" in text
+    assert "| full | 10 | 100 |" in text
+
+
+def test_scorings_of_models_that_are_not_shown_are_counted(small: Made) -> None:
+    root, runs = small
+    key = WorkDir(root / "runs" / runs[0].name).require("predict").key
+    for name, of in (("predict-a", key), ("predict-b", "of a recipe that was dropped")):
+        (root / "stages" / name).mkdir(parents=True)
+        test_reads.record(root / "stages" / name, of, 10)
+        test_reads.record(root / "stages" / name, of, 10)
+    found = find(StudyRuns.read(root), 50)
+    reads = found["test_reads"]
+    assert (reads["scorings"], reads["shown"]) == (2, 1)
+    assert reads["first"] == reads["last"]
+    assert any("other models in this folder: 1" in line for line in study_page.statements(found))

@@ -35,6 +35,9 @@ CASES: dict[str, dict[str, Any]] = {
     "full_reference": {"kind": "full", "init": "reference"},
     "full_factorised": {"kind": "full", "head": "factorised", "factors": 2},
     "diag_reference": {"kind": "diag", "init": "reference"},
+    "full_scaled": {"kind": "full", "scale": 0.25},
+    "factorised_scaled": {"kind": "full", "head": "factorised", "factors": 2, "scale": 3.0},
+    "scalar_reference_scaled": {"kind": "scalar", "init": "reference", "scale": 2.0},
 }
 
 
@@ -67,6 +70,9 @@ def separate(stacked: GateNetworks, network: int) -> nn.Sequential:
 def written_out(spec: InteractionSpec, f: torch.Tensor) -> torch.Tensor:
     """G of one sample from the head's outputs, in torch's own block and Kronecker products."""
     size, unit = spec.rank // spec.experts, torch.eye(spec.rank, dtype=f.dtype)
+    if spec.head == "factorised":
+        u, v = f.view(2, spec.rank, spec.factor_rank)
+        return unit + spec.scale * (u @ v.T).T
     w = torch.softmax(f / spec.temperature, 0)
     small = torch.eye(size, dtype=f.dtype)
     if spec.kind == "block":
@@ -76,15 +82,14 @@ def written_out(spec: InteractionSpec, f: torch.Tensor) -> torch.Tensor:
     if spec.kind == "rec_prod":
         return torch.kron(torch.outer(w, w), small)
     start = torch.zeros_like(unit) if spec.init == "reference" else unit
+    if not spec.routed:
+        f = spec.scale * f
     if spec.kind == "scalar":
         return start + f * unit
     if spec.kind == "diag":
         return start + torch.diag(f)
     if spec.kind == "block_full":
         return start + torch.block_diag(*f.view(spec.experts, size, size))
-    if spec.head == "factorised":
-        u, v = f.view(2, spec.rank, spec.factor_rank)
-        return start + (u @ v.T).T
     return start + f.view(spec.rank, spec.rank)
 
 
@@ -270,7 +275,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"interaction_head": "factorised", "interaction_init": "reference"}, "and reference"),
     ({"interaction_head": "factorised", "interaction_factors": 9}, "interaction_factors 9"),
     ({"interaction": "full_static", "interaction_init": "reference"}, "identity only"),
+    ({"interaction": "moe", "interaction_scale": 2.0}, "interaction_scale is 2 .* a router"),
+    ({"interaction": "identity", "interaction_scale": 0.5}, "interaction_scale is 0.5"),
 ]
+
+
+def test_scale_of_a_static_matrix_counts_in_gates_and_matrices() -> None:
+    module = stacked_interaction(InteractionSpec("full_static", 3, scale=0.5), 2, None)
+    with torch.no_grad():
+        module.offset.copy_(torch.randn_like(module.offset))
+    expected = torch.eye(3) + 0.5 * module.offset
+    assert torch.allclose(module(torch.zeros(1, 4))[:, 0], expected)
+    assert torch.allclose(module.matrices(), expected.transpose(1, 2))
 
 
 @pytest.mark.parametrize(("fields", "message"), WRONG)

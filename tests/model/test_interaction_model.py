@@ -175,6 +175,10 @@ def test_start_from_gates_of_another_kind_is_refused(
     warmer = fields_of("rec_sum") | {"interaction_temperature": 2.0}
     with pytest.raises(CheckpointError, match=r"temperature 1, the .* wants .*temperature 2"):
         build(**warmer, trained=False, adapter=tmp_path)
+    adapter_io.save(build(**fields_of("diag")), tmp_path / "diag")
+    stronger = fields_of("diag") | {"interaction_scale": 2.0}
+    with pytest.raises(CheckpointError, match=r"wants .*scale 2"):
+        build(**stronger, trained=False, adapter=tmp_path / "diag")
 
 
 def test_adapter_config_without_the_newer_fields_still_loads(
@@ -182,7 +186,9 @@ def test_adapter_config_without_the_newer_fields_still_loads(
 ) -> None:
     model = build()
     adapter_io.save(model, tmp_path)
-    newer = {f"interaction_{n}" for n in ("head", "factors", "experts", "temperature", "shared")}
+    newer = {
+        f"interaction_{n}" for n in ("head", "factors", "experts", "temperature", "shared", "scale")
+    }
     for name in (cflora.SETTINGS, adapter_io.META):
         document = json.loads((tmp_path / name).read_text())
         place = document if name == cflora.SETTINGS else document["model"]

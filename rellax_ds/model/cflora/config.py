@@ -40,7 +40,7 @@ class CFLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is untyped
 
     Attributes:
         interaction: The kind of M; see `rellax_ds.family`, also for the fields up to
-            `interaction_shared`. `full`: one dense matrix per layer and sample; `identity`: plain
+            `interaction_scale`. `full`: one dense matrix per layer and sample; `identity`: plain
             LoRA.
         instance_dim: Width of h.
         plugin: Module to import before PEFT can load the adapter.
@@ -59,6 +59,7 @@ class CFLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is untyped
     interaction_experts: int = 4
     interaction_temperature: float = 1.0
     interaction_shared: bool = False
+    interaction_scale: float = 1.0
     instance_dim: int | None = None
     plugin: str = field(default="rellax_ds")
     plugin_version: str = field(default=rellax_ds.__version__)

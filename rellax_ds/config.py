@@ -160,8 +160,8 @@ class ModelConfig(Section):
     )
     residual: Literal["none", "crm"] = Field(
         default="none",
-        description="crm: the score is the recommender's logit plus w times the LLM's, with a "
-        "trained w that starts at 0 (ours, not published).",
+        description="crm: the score is a times the recommender's logit plus w times the LLM's plus "
+        "b, started at the recommender alone and fitted on valid (ours, not published).",
     )
     packing: bool = Field(
         default=True,
@@ -209,9 +209,6 @@ class TrainConfig(Section):
     learning_rate: PositiveFloat = Field(default=5e-4, description="For A and B.")
     interaction_learning_rate: PositiveFloat = Field(
         default=1e-3, description="For the gates and the SPA projector."
-    )
-    residual_learning_rate: PositiveFloat = Field(
-        default=1e-2, description="For the weight of the LLM in model.residual."
     )
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)

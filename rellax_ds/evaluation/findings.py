@@ -25,8 +25,6 @@ from rellax_ds.evaluation.gates import gate_norms
 from rellax_ds.evaluation.groups import groups_of
 from rellax_ds.evaluation.significance import Estimate, UserBootstrap
 from rellax_ds.family import METHODS
-from rellax_ds.model.residual import WEIGHTS as RESIDUAL
-from rellax_ds.model.tensors import read_tensors
 from rellax_ds.redaction import redact, redacted
 from rellax_ds.schema import PREDICTIONS, check_table
 from rellax_ds.shards.read import ShardIndex
@@ -74,7 +72,7 @@ class Evidence:
         shots: Sample ids of the training prompts, one a prompt.
         training: The lines of the training log.
         manifests: By stage.
-        residual_weight: Learned weight of the LLM beside the recommender's logit, where it has one.
+        blend: Weights of the recommender's and the LLM's logit, and the constant, or None.
         gates: How far every layer's M(h) is from plain LoRA; empty without gates.
         prompts: The lines of the watched valid prompts.
         test_reads: When test rows were scored in this folder, `test_reads.read`.
@@ -91,7 +89,7 @@ class Evidence:
     shots: IntArray
     training: list[dict[str, Any]]
     manifests: dict[str, Manifest]
-    residual_weight: float | None = None
+    blend: list[float] | None = None
     gates: list[dict[str, Any]] = field(default_factory=list)
     prompts: list[dict[str, Any]] = field(default_factory=list)
     test_reads: list[dict[str, Any]] = field(default_factory=list)
@@ -128,7 +126,7 @@ class Evidence:
             shots=_training_prompts(work.stage_dir("shards")),
             training=_read_lines(work.stage_dir("train") / "log.jsonl"),
             manifests=manifests,
-            residual_weight=_residual_weight(work.stage_dir("train") / "adapter"),
+            blend=_read_json(work.stage_dir("train") / "adapter" / "rellax.json").get("blend"),
             gates=gate_norms(work.stage_dir("train") / "adapter", work.stage_dir("shards")),
             prompts=_read_lines(work.stage_dir("train") / "scored.jsonl"),
             test_reads=test_reads.read(work.root),
@@ -411,7 +409,7 @@ def _crm_facts(evidence: Evidence) -> dict[str, Any]:
         "rows": rows,
         "held_out_rows": int(train.size) - rows,
         "out_of_fold": evidence.crm.get("out_of_fold"),
-        "residual_weight": evidence.residual_weight,
+        "blend": evidence.blend,
         "used_by_model": reads_recommender(evidence.recipe),
     }
 
@@ -438,11 +436,6 @@ def _training_prompts(folder: Path) -> IntArray:
     """Sample id of every training prompt, read from the checked index."""
     samples: IntArray = ShardIndex.open(folder).rows("train").column("sample").to_numpy()
     return samples
-
-
-def _residual_weight(adapter: Path) -> float | None:
-    path = adapter / RESIDUAL
-    return float(read_tensors(path)["weight"]) if path.exists() else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

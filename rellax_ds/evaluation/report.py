@@ -186,11 +186,12 @@ def _protocol_sentences(findings: dict[str, Any]) -> list[str]:
             "Training also supervises the answers of the history's own questions (weight "
             f"{recipe['train']['history_weight']}); this is not part of the published method."
         )
-    if crm["residual_weight"] is not None:
+    if crm["blend"] is not None:
+        of_crm, of_llm, offset = crm["blend"]
         sentences.append(
-            "The score is the CRM's logit plus "
-            f"{crm['residual_weight']:.3f} times the LLM's, a trained weight that started at 0; "
-            "this is not part of the published method."
+            f"The score is {of_crm:.3f} times the CRM's logit, plus {of_llm:.3f} times the LLM's, "
+            f"plus {offset:.3f}: three numbers fitted on the valid rows. This is not part of the "
+            "published method."
         )
     if recipe["model"]["interaction_scope"] == "question":
         sentences.append(

@@ -8,7 +8,6 @@ after the first byte is written, so a full disk on one rank cannot hang the othe
 
     adapter_config.json, adapter_model.safetensors   stock PEFT, after `import rellax_ds`
     spa.safetensors                                  the projector, when there is one
-    residual.safetensors                             the LLM's weight beside the recommender
     rellax.json                                      answer ids, centre, widths, recipe section
 """
 
@@ -27,9 +26,10 @@ from rellax_ds import runtime
 from rellax_ds.artifacts import write_bytes, write_json
 from rellax_ds.config import ModelConfig
 from rellax_ds.errors import CheckpointError
-from rellax_ds.model import cflora, residual, spa
+from rellax_ds.model import cflora, spa
 from rellax_ds.model.backbone import gathered
 from rellax_ds.model.rellax import ReLLaX, adapter_parameters, assemble
+from rellax_ds.model.residual import START
 from rellax_ds.model.tensors import check_tensors, read_tensors
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ def load(folder: Path, backbone_reference: str, dtype: torch.dtype = torch.float
     )
     restore(model, folder)
     model.centre.fill_(meta["centre"])
+    if model.residual is not None:
+        model.residual.blend.copy_(torch.tensor(meta["blend"]))
     return model.eval()
 
 
@@ -151,6 +153,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
         if absent:
             raise CheckpointError(f"{path}: '{absent[0]}' is missing")
         meta["model"] = ModelConfig(**meta["model"])
+        if meta["model"].residual != "none" and len(meta["blend"] or ()) != len(START):
+            raise CheckpointError(f"{path}: 'blend' is not three numbers")
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{path}: not a readable adapter description ({error})") from error
     return meta
@@ -158,8 +162,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def _parts(model: ReLLaX) -> dict[str, dict[str, torch.Tensor]]:
     """Parameters beside the PEFT adapter, by the file that holds them."""
-    modules = {spa.WEIGHTS: model.spa, residual.WEIGHTS: model.residual}
-    return {f: dict(m.named_parameters()) for f, m in modules.items() if m is not None}
+    return {} if model.spa is None else {spa.WEIGHTS: dict(model.spa.named_parameters())}
 
 
 def _adapter_config(model: ReLLaX) -> dict[str, Any]:
@@ -174,6 +177,7 @@ def _meta(model: ReLLaX) -> dict[str, Any]:
         "format": _FORMAT,
         "answer_ids": model.answer_ids,
         "centre": float(model.centre),
+        "blend": None if model.residual is None else model.residual.blend.tolist(),
         "item_dim": model.item_dim,
         "layers": cflora.adapted_layers(model.llm),
         "instance_dim": model.instance_dim,

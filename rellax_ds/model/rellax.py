@@ -37,9 +37,8 @@ if TYPE_CHECKING:
 
     from rellax_ds.config import ModelConfig
 
-GROUPS = ("factors", "interaction", "spa", "residual")
-"""Groups of adapter parameters: A and B, the gates M(h), the projector, the LLM's weight beside the
-recommender."""
+GROUPS = ("factors", "interaction", "spa")
+"""Groups of adapter parameters: A and B, the gates M(h), the projector."""
 
 Loss = Literal["yes_no", "vocabulary"]
 
@@ -66,7 +65,7 @@ class ReLLaX(nn.Module):
         loss: Which loss `forward` computes.
         centre: Scalar buffer subtracted from z_yes - z_no; 0 until the training loop calibrates it.
         residual: What blends in the recommender's logit, or None.
-        llm_alone: Score as if there were no residual, to calibrate the centre.
+        llm_alone: Score as if there were no residual, to fit centre and blend.
     """
 
     centre: torch.Tensor
@@ -307,8 +306,8 @@ def parameter_counts(model: ReLLaX) -> list[ParameterCount]:
 
 
 def _group(name: str) -> str | None:
-    if name.startswith(("spa.", "residual.")):
-        return name.partition(".")[0]
+    if name.startswith("spa."):
+        return "spa"
     if f".{cflora.CONTAINER}." in name:
         return "interaction"
     if ".lora_A." in name or ".lora_B." in name:

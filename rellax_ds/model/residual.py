@@ -1,10 +1,13 @@
-"""The LLM as a correction of the recommender: logit = recommender's logit + w times the LLM's.
+"""The LLM as a correction of the recommender: a times its logit plus w times the LLM's plus b.
 
-w starts at 0, so the untrained system is the recommender to the bit, and what is learned is what
-the LLM adds to it. This is ours, not the paper's. It wants logits of training rows that were not
-fitted to their labels (`crm.folds`): beside a recommender that has seen the row, nothing seems
-worth adding. Answers to the history's own questions have no recommender's logit and are left as
-they are, so the LLM learns from them from the first step on.
+It starts at a = 1, w = b = 0, the recommender to the bit. The three numbers are no trained
+parameters: a gradient on w is mostly noise in the few steps of a few-shot training, and while w is
+near 0 the LLM learns nothing from the targets. The training loop fits them on the valid rows each
+time it scores them (`rellax_ds.training.blend`), and in between the LLM is trained inside the
+blend, on what the recommender leaves unexplained. This is ours, not the paper's. It wants logits of
+training rows that were not fitted to their labels (`crm.folds`): beside a recommender that has seen
+the row, nothing seems left to explain. Answers to the history's own questions have no
+recommender's logit and are left as they are.
 """
 
 from __future__ import annotations
@@ -12,20 +15,25 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-WEIGHTS = "residual.safetensors"
-"""File of an adapter folder that holds the weight."""
+START = (1.0, 0.0, 0.0)
+"""Blend before anything is known: the recommender alone."""
+
+LEAST = 0.2
+"""Smallest w in training, so that targets always teach the LLM something."""
 
 
 class CRMResidual(nn.Module):
     """Blends the target's logit of the LLM with the recommender's.
 
     Attributes:
-        weight: w, [1].
+        blend: a, w, b, buffer [3].
     """
+
+    blend: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
+        self.register_buffer("blend", torch.tensor(START))
 
     def forward(
         self, margins: torch.Tensor, crm_logits: torch.Tensor, target_index: torch.Tensor
@@ -40,7 +48,10 @@ class CRMResidual(nn.Module):
         Returns:
             float32 [M].
         """
-        blended = (
-            crm_logits.to(margins.dtype) + self.weight.to(margins.dtype) * margins[target_index]
+        of_crm, of_llm, offset = self.blend.to(margins.dtype).unbind()
+        if self.training:
+            of_llm = of_llm.clamp(min=LEAST)
+        own = of_llm * margins[target_index]
+        return margins.index_put(
+            (target_index,), of_crm * crm_logits.to(margins.dtype) + own + offset
         )
-        return margins.index_put((target_index,), blended)

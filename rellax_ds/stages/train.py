@@ -212,9 +212,8 @@ def _parameter_groups(model: ReLLaX, train: TrainConfig) -> list[ParameterGroup]
     from rellax_ds.model.rellax import trainable_groups
 
     groups = []
-    rates = {"factors": train.learning_rate, "residual": train.residual_learning_rate}
     for name, parameters in trainable_groups(model).items():
-        rate = rates.get(name, train.interaction_learning_rate)
+        rate = train.learning_rate if name == "factors" else train.interaction_learning_rate
         matrices = {n: p for n, p in parameters.items() if len(_shape(p)) > 1}
         vectors = {n: p for n, p in parameters.items() if len(_shape(p)) <= 1}
         if matrices:
@@ -351,6 +350,7 @@ def _best(state: LoopState) -> dict[str, Any]:
         "valid_auc": state.best_auc,
         "untrained": state.untrained,
         "centre": state.centre,
+        "blend": state.blend,
     }
 
 

@@ -12,15 +12,20 @@ import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from rellax_ds import metrics, runtime
 from rellax_ds.errors import CheckpointError, RellaxError
 from rellax_ds.model import adapter_io
+from rellax_ds.model.residual import START
 from rellax_ds.redaction import redacted
+from rellax_ds.training.blend import fit_blend
 from rellax_ds.training.schedule import rate_factor, warmup_steps
-from rellax_ds.training.score import score_split
+from rellax_ds.training.score import Scores, score_split
 from rellax_ds.training.throughput import Throughput
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from rellax_ds.config import Recipe
@@ -49,6 +54,7 @@ class LoopState:
         skipped_in_a_row: Those at the end of the run so far.
         scored: Step of the last valid score; -1 before the first.
         centre: What the model subtracts from its logit.
+        blend: Weights of recommender and LLM and the constant of `model.residual`, or None.
         best_step: Step of the best valid AUC after training began, None before; 0 if there is no
             training.
         best_auc: That AUC.
@@ -61,6 +67,7 @@ class LoopState:
     skipped_in_a_row: int = 0
     scored: int = -1
     centre: float = 0.0
+    blend: list[float] | None = None
     best_step: int | None = None
     best_auc: float = 0.0
     stale: int = 0
@@ -94,6 +101,8 @@ class Loop:
         processes = engine.processes
         self.throughput = Throughput(self.model, processes.device, processes.world_size)
         self._set_centre(state.centre)
+        if self.model.residual is not None:
+            self._set_blend(state.blend)
 
     def run(self) -> LoopState:
         """Train to the end, or until valid stops improving.
@@ -166,7 +175,7 @@ class Loop:
     def _score(self) -> None:
         state = self.state
         self.engine.processes.at(f"the valid score after step {state.step}")
-        self.model.llm_alone = state.step == 0  # where it would be the recommender's score alone
+        self.model.llm_alone = True  # beside the recommender from here on, by a blend of this score
         scores = score_split(
             self.engine, self.stream.valid(), self.stream.num_valid, self._leave_if_asked
         )
@@ -177,6 +186,8 @@ class Loop:
             shift = float(scores.logits.mean() - wanted)
             scores = scores.shifted(self._set_centre(shift))
         self.model.llm_alone = False
+        if self.model.residual is not None:
+            scores = scores.blended(self._set_blend(self._fitted_blend(scores)))
         found = scores.metrics()
         state.scored = state.step
         if state.step == 0:
@@ -186,7 +197,7 @@ class Loop:
         self.sinks.write(
             {"event": "valid", "step": state.step, "rows": len(scores.labels)}
             | found
-            | {"centre": state.centre, "best_step": state.best_step}
+            | {"centre": state.centre, "blend": state.blend, "best_step": state.best_step}
         )
         self.sinks.show(state.step, scores)
         if self.engine.processes.first:
@@ -285,6 +296,18 @@ class Loop:
 
     def _gave_up(self) -> bool:
         return self.train.patience is not None and self.state.stale >= self.train.patience
+
+    def _fitted_blend(self, scores: Scores) -> Sequence[float]:
+        """The same on every rank, to the bit."""
+        parts = (scores.labels, scores.crm_logits, scores.logits)
+        return self.engine.processes.from_rank_zero(lambda: fit_blend(*parts))
+
+    def _set_blend(self, blend: Sequence[float] | None) -> Sequence[float]:
+        """Give a residual its blend; returns it as the model's precision holds it."""
+        assert self.model.residual is not None
+        self.model.residual.blend.copy_(torch.tensor(START if blend is None else blend))
+        self.state.blend = self.model.residual.blend.tolist()
+        return self.state.blend
 
     def _set_centre(self, value: float) -> float:
         """Give the model its centre; returns it as the model's precision holds it."""

@@ -16,7 +16,7 @@ from rellax_ds import metrics, runtime
 from rellax_ds.errors import ShardError, TableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     import numpy.typing as npt
 
@@ -33,16 +33,23 @@ class Scores:
         users: int64 [N].
         labels: 0 or 1, float64 [N].
         logits: Yes minus no, float64 [N].
+        crm_logits: The recommender's, float64 [N].
     """
 
     ids: npt.NDArray[np.int64]
     users: npt.NDArray[np.int64]
     labels: npt.NDArray[np.float64]
     logits: npt.NDArray[np.float64]
+    crm_logits: npt.NDArray[np.float64]
 
     def shifted(self, by: float) -> Scores:
         """The same scores with `by` subtracted from every logit."""
         return replace(self, logits=self.logits - by)
+
+    def blended(self, blend: Sequence[float]) -> Scores:
+        """The same scores beside the recommender's: a, w, b of `rellax_ds.model.residual`."""
+        of_crm, of_llm, offset = blend
+        return replace(self, logits=of_crm * self.crm_logits + of_llm * self.logits + offset)
 
     def metrics(self) -> dict[str, float]:
         """AUC, log loss and accuracy over all samples; GAUC and NDCG@10 within users, where any
@@ -83,11 +90,11 @@ def score_split(
             before_batch()
             logits = engine.score(batch)
             if not repeated:
-                columns = (batch.sample_ids, batch.users, batch.labels, logits)
+                columns = (batch.sample_ids, batch.users, batch.labels, logits, batch.crm_logits)
                 rows.append(np.stack([c.numpy() for c in columns], axis=1, dtype=np.float64))
             scored = batch.size * engine.processes.world_size
             progress.advance(min(scored, num_samples - progress.done))
-    local = np.concatenate(rows) if rows else np.zeros((0, 4))
+    local = np.concatenate(rows) if rows else np.zeros((0, 5))
     table = np.concatenate(engine.processes.gather(local))
     ids, first = np.unique(table[:, 0], return_index=True)
     if not len(ids) == len(table) == num_samples:
@@ -96,4 +103,4 @@ def score_split(
             "rebuild the shards with `rellax shards`"
         )
     users = table[first, 1].astype(np.int64)
-    return Scores(ids.astype(np.int64), users, table[first, 2], table[first, 3])
+    return Scores(ids.astype(np.int64), users, *table[first, 2:].T)

@@ -139,9 +139,9 @@ def test_crm_sentence_tells_of_out_of_fold_features_and_shots_new_to_them(
 def test_statements_name_what_is_not_published(evidence: Evidence) -> None:
     assert "not part of the published method" not in sentences(evidence)
     other = with_recipe(evidence, model={"interaction_scope": "question", "residual": "crm"})
-    said = sentences(replace(other, residual_weight=0.1234))
+    said = sentences(replace(other, blend=[0.9, 0.1234, -0.2]))
     assert "M(h) acts on the target's question only" in said
-    assert "plus 0.123 times the LLM's" in said
+    assert "0.900 times the CRM's logit, plus 0.123 times the LLM's, plus -0.200" in said
 
 
 def test_statements_follow_the_recipe(evidence: Evidence) -> None:

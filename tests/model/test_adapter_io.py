@@ -38,7 +38,7 @@ def test_adapter_saved_and_loaded_gives_equal_scores(
     model = build(spa_bottleneck=7, **fields) if not fields else build(**fields)
     model.centre.fill_(-1.25)
     if model.residual is not None:
-        torch.nn.init.constant_(model.residual.weight, 0.7)
+        model.residual.blend.copy_(torch.tensor([0.8, 0.7, -0.1]))
     adapter_io.save(model, tmp_path / "adapter")
     loaded = adapter_io.load(tmp_path / "adapter", str(backbones["llama"]))
     assert not loaded.training

@@ -11,6 +11,7 @@ from tiny_models import FAMILIES
 
 from rellax_ds.errors import ConfigError
 from rellax_ds.model.rellax import trainable_groups
+from rellax_ds.model.residual import LEAST
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,24 +56,25 @@ def test_residual_adds_the_weighted_logit_of_the_llm(
     build: Callable[..., ReLLaX], batch: Batch
 ) -> None:
     model = build(residual="crm").eval()
-    torch.nn.init.constant_(model.residual.weight, 0.25)
+    model.residual.blend.copy_(torch.tensor([0.75, 0.25, 0.125]))
     model.centre.fill_(0.5)
     alone = build().eval()
     alone.centre.fill_(0.5)
-    expected = batch.crm_logits + 0.25 * scores(alone, batch)
+    expected = 0.75 * batch.crm_logits + 0.25 * scores(alone, batch) + 0.125
     torch.testing.assert_close(scores(model, batch), expected)
 
 
-def test_residual_of_zero_learns_its_weight_first_and_the_llm_from_the_history(
+def test_targets_teach_the_llm_also_while_its_weight_is_zero(
     build: Callable[..., ReLLaX], batch: Batch
 ) -> None:
-    model = build(residual="crm")
+    model = build(residual="crm").train()
     of_target = gradients(model, loss_of(model, batch, history=False))
-    assert of_target["residual"] > 0
-    assert of_target["factors"] == of_target["interaction"] == of_target["spa"] == 0
-    of_history = gradients(model, loss_of(model, batch, history=True))
-    assert of_history["residual"] == 0
-    assert of_history["factors"] > 0
+    assert min(of_target.values()) > 0
+    assert set(of_target) == {"factors", "interaction", "spa"}, "the blend is not trained"
+    model.residual.blend[1] = LEAST / 2
+    assert gradients(model, loss_of(model, batch, history=False)) == of_target
+    model.residual.blend[1] = 2 * LEAST
+    assert gradients(model, loss_of(model, batch, history=False)) != of_target
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,7 +105,7 @@ def test_question_scope_recomputed_under_checkpointing_gives_equal_gradients(
     found = []
     for checkpointed in (False, True):
         model = build(interaction_scope="question", residual="crm").train()
-        torch.nn.init.constant_(model.residual.weight, 0.5)
+        model.residual.blend[1] = 0.5
         if checkpointed:
             model.enable_gradient_checkpointing()
         model(**batch.tensors())[0].backward()

@@ -54,8 +54,7 @@ def test_shipped_recipe_fits_the_machine_it_is_written_for(name: str) -> None:
     trained = {w.group for w in made.shape.weights if w.trained}
     expected = {"factors"} if recipe.model.train_factors else set()
     expected |= {"interaction"} if recipe.model.interaction != "identity" else set()
-    expected |= {"spa"} if recipe.model.spa else set()
-    assert trained == expected | ({"residual"} if recipe.model.residual == "crm" else set())
+    assert trained == expected | ({"spa"} if recipe.model.spa else set())
 
 
 @pytest.mark.parametrize("data", ["ml1m_vicuna7b", "ml25m_vicuna13b", "bookcrossing_vicuna13b"])

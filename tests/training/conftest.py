@@ -65,7 +65,7 @@ def _sample(
     instance = random.normal(size=INSTANCE_WIDTH).astype(np.float32)
     instance[0] = np.nan if poisoned else 1.0 if label else -1.0
     facts = {"sample": number, "user": 0, "item": 0, "label": label, "split": split}
-    facts |= {"crm_logit": 0.0}
+    facts |= {"crm_logit": (label - 0.5) * (-1.0 if number % 3 == 0 else 1.0)}
     facts |= {"history": [], "dropped": 0, "variant": "recent"}
     member = {
         "__key__": f"{number:012d}",

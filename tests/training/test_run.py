@@ -128,21 +128,35 @@ def test_training_of_no_epochs_commits_the_model_as_it_is_scored_at_step_0(
     assert json.loads((folder / "adapter" / "rellax.json").read_text())["centre"] != 0.0
 
 
-def test_llm_beside_the_recommender_starts_centred_and_learns_its_weight(
+def test_llm_beside_the_recommender_is_blended_by_what_fits_the_valid_rows(
     recipe_file: Path, make_work: Callable[..., WorkDir]
 ) -> None:
     work = make_work()
-    changes = ["model.residual=crm", "train.epochs=1", "train.residual_learning_rate=0.1"]
-    run_train(load_recipe(recipe_file, changes), work)
-    adapter = work.stage_dir("train") / "adapter"
-    weight = load_file(adapter / "residual.safetensors")["weight"]
-    assert weight.shape == (1,)
-    assert 0 < abs(float(weight)) < 1
-    untrained, *_ = records(work.stage_dir("train"), "valid")
+    run_train(load_recipe(recipe_file, ["model.residual=crm", "train.epochs=4"]), work)
+    folder = work.stage_dir("train")
+    scored = records(folder, "valid")
+    best = next(r for r in scored if r["step"] == r["best_step"])
+    kept = json.loads((folder / "adapter" / "rellax.json").read_text())
+    assert kept["blend"] == best["blend"]
+    assert kept["blend"] != [1.0, 0.0, 0.0]
+    assert all(r["blend"][1] >= 0 for r in scored)
+    assert scored[0]["blend"] != scored[-1]["blend"], "fitted again whenever valid is scored"
     plain = make_work()
     run_train(load_recipe(recipe_file, ["train.epochs=1"]), plain)
-    alone = records(plain.stage_dir("train"), "valid")[0]
-    assert untrained["auc"] == alone["auc"], "before training the LLM is scored alone"
+    (alone, *_) = records(plain.stage_dir("train"), "valid")
+    assert alone["blend"] is None
+    assert scored[0]["log_loss"] < alone["log_loss"], "the recommender helps before training"
+
+
+def test_blend_without_training_is_kept_and_scored_as_it_is_logged(
+    recipe_file: Path, make_work: Callable[..., WorkDir]
+) -> None:
+    work = make_work()
+    manifest = run_train(load_recipe(recipe_file, ["model.residual=crm", "train.epochs=0"]), work)
+    (scored,) = records(work.stage_dir("train"), "valid")
+    kept = json.loads((work.stage_dir("train") / "adapter" / "rellax.json").read_text())
+    assert kept["blend"] == scored["blend"] == manifest.counts["blend"]
+    assert manifest.counts["valid_auc"] == scored["auc"]
 
 
 def test_checkpoint_of_another_recipe_is_refused_by_field_and_survives(

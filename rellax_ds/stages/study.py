@@ -47,6 +47,7 @@ STORE = "stages"
 FAILURE = "failure.txt"
 """In a run's folder: one line on why its last attempt failed."""
 
+_LOCK = ".lock"
 _POLL_SECONDS = 0.1
 
 
@@ -208,15 +209,25 @@ def _alone(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            runtime.logger.info("study: another run works in %s; waiting for it", folder)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            runtime.logger.debug("study: no locks on %s", folder)
+            _lock(handle, folder)
+        except OSError:  # NFS locks files, and only those that are open for writing
+            os.close(handle)
+            handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                _lock(handle, folder)
+            except OSError:
+                runtime.logger.debug("study: no locks on %s", folder)
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        runtime.logger.info("study: another run works in %s; waiting for it", folder)
+        fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def _link(link: Path, target: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -89,7 +92,19 @@ def test_run_whose_recipe_changes_lets_go_of_the_old_artefact_only(
     assert new.stage_dir("tables").resolve() == old.stage_dir("tables").resolve()
 
 
-def test_two_processes_that_need_one_stage_build_it_once(grid: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folders_lock", [True, False])
+def test_two_processes_that_need_one_stage_build_it_once(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders_lock: bool
+) -> None:
+    lock = fcntl.flock
+
+    def lock_files_only(handle: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EBADF, "as NFS says")
+        lock(handle, operation)
+
+    if not folders_lock:
+        monkeypatch.setattr(fcntl, "flock", lock_files_only)
     runs = runs_of(grid, tmp_path)[:4]
     threads = [threading.Thread(target=build, args=(run, tmp_path, "tables")) for run in runs]
     for thread in threads:

@@ -77,7 +77,16 @@ StudyFlag = Annotated[
 OnlyFlag = Annotated[
     str | None, typer.Option("--only", help="Run this one run of the study, in this process.")
 ]
-ParallelFlag = Annotated[int, typer.Option("--parallel", min=1, help="Runs at a time.")]
+ParallelFlag = Annotated[
+    int | None,
+    typer.Option(
+        "--parallel", min=1, help="Runs at a time; by default one, with --ray as many as fit."
+    ),
+]
+RayFlag = Annotated[
+    bool,
+    typer.Option("--ray", help="Run them on the Ray cluster of RAY_ADDRESS or the submitted job."),
+]
 ReportOnlyFlag = Annotated[
     bool, typer.Option("--report-only", help="Run nothing; report on the runs that are finished.")
 ]
@@ -177,7 +186,8 @@ def study(
     set_: SetFlag = None,
     work_dir: WorkDirFlag = None,
     only: OnlyFlag = None,
-    parallel: ParallelFlag = 1,
+    parallel: ParallelFlag = None,
+    ray: RayFlag = False,
     report_only: ReportOnlyFlag = False,
 ) -> None:
     """Run a grid of recipes, every shared stage once, and report on all of them together.
@@ -187,6 +197,8 @@ def study(
     """
     from rellax_ds.study import expand, load_study, write_plan
 
+    if ray and only is not None:
+        raise ConfigError("--only runs in this process; leave out --ray")
     loaded = load_study(study)
     root = (work_dir or runtime.default_work_dir("studies") / loaded.name).expanduser().resolve()
     runs = expand(loaded, root, set_ or [])
@@ -198,6 +210,7 @@ def study(
     from rellax_ds.evaluation import study as findings
     from rellax_ds.evaluation import study_page
     from rellax_ds.evaluation.study_runs import StudyRuns
+    from rellax_ds.stages.launchers import LocalLauncher, RayLauncher
     from rellax_ds.stages.study import is_finished, run_all
 
     finished = {run.name for run in runs if is_finished(run, root)}
@@ -207,7 +220,9 @@ def study(
         flags = ["study", "--study", study, "--work-dir", str(root)]
         flags += [part for override in set_ or [] for part in ("--set", override)]
         todo = [run for run in runs if run.name not in finished]
-        failures = run_all(todo, root, [*flags, "--only"], parallel)
+        launcher = RayLauncher(todo, root) if ray else LocalLauncher()
+        at_once = parallel or (len(runs) if ray else 1)
+        failures = run_all(todo, root, [*flags, "--only"], launcher, at_once)
         write_plan(loaded, runs, root, {run.name for run in runs} - set(failures))
     for name, reason in failures.items():
         typer.echo(f"failed: {name}: {reason}", err=True)

@@ -18,6 +18,7 @@ import platform
 import random
 import resource
 import secrets
+import signal
 import socket
 import struct
 import subprocess
@@ -46,6 +47,8 @@ _PACKAGES = (
 )
 
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a named interface
+_PR_SET_PDEATHSIG = 1  # Linux: the signal a process gets when its parent ends
+_ENDS_WITH = "RELLAX_ENDS_WITH"  # process whose end is this one's, see `detached_environment`
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the driver of a submitted job
 
 
@@ -54,9 +57,13 @@ def prepare(verbose: bool = False) -> None:
     that read the environment.
 
     Called by entry points before heavy imports; safe to call twice.
+
+    Raises:
+        SystemExit: The process that this one was to end with is gone (status 143).
     """
     from rellax_ds import redaction
 
+    _end_with_parent()
     level = logging.DEBUG if verbose else logging.INFO if rank() == 0 else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(level)
@@ -216,6 +223,50 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**guarded_environment(), **os.environ, **(extra or {})}
 
 
+def travelling_environment() -> dict[str, str]:
+    """What a run on another node takes along of this process's environment: where the assets are,
+    and threads of a process, one unless the user has said otherwise.
+
+    No secrets: Ray shows a task's arguments to whoever may look at its cluster.
+    """
+    kept = {name: os.environ[name] for name in ("RELLAX_CACHE",) if name in os.environ}
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} | kept
+
+
+def detached_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """Environment for a child of a Ray worker that has no part in the worker's cluster.
+
+    Address, job, token and whatever else Ray tells its workers stay behind, so the child starts a
+    Ray of its own. The child ends with this process.
+    """
+    package = str(Path(__file__).resolve().parent.parent)
+    path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = child_environment(
+        {"PYTHONPATH": os.pathsep.join(path), _ENDS_WITH: str(os.getpid()), **extra}
+    )
+    kept = {"RAY_TMPDIR", *guarded_environment()}
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith("RAY_") or name in kept
+    }
+
+
+def _end_with_parent() -> None:
+    """Have the kernel send SIGTERM when the process that started this one ends, if that process
+    wants it so (Linux; elsewhere nothing happens).
+
+    A worker that Ray or the kernel kills cannot pass anything on.
+    """
+    parent = os.environ.pop(_ENDS_WITH, None)
+    if parent is None:
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if str(os.getppid()) != parent:
+        sys.exit(128 + signal.SIGTERM)
+
+
 def rank_environment(threads: int, cuda: bool) -> dict[str, str]:
     """Environment for the ranks this process launches; what the user has set stays.
 
@@ -253,8 +304,11 @@ def _guard_local_ray() -> None:
 
 
 def num_cpus() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores this process may use; RELLAX_NUM_CPUS may make them fewer."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    given = os.environ.get("RELLAX_NUM_CPUS", "")
+    return min(cores, int(given)) if given.isdigit() and int(given) else cores
 
 
 def stable_seed(*parts: object) -> int:

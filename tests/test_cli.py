@@ -30,7 +30,8 @@ def test_command_line_surface_is_frozen() -> None:
     expected["shards"] = SHARED | {"action"}
     machines = {"--ranks", "--hosts", "--gpu-memory", "--tokens-per-second"}
     expected["plan"] = SHARED - {"--resume"} | machines | {"--json"}
-    expected["study"] = {"--study", "--set", "--work-dir", "--only", "--parallel", "--report-only"}
+    places = {"--only", "--parallel", "--ray", "--report-only"}
+    expected["study"] = {"--study", "--set", "--work-dir"} | places
     assert surface == expected
 
 

@@ -54,7 +54,8 @@ def test_documented_command_exists_with_its_flags(command: str) -> None:
     elif words[0] in {"python", "deepspeed"}:
         script = next(word for word in words if word.endswith(".py"))
         assert (ROOT / script).is_file()
-        subcommand = {"train.py": "train", "ray_jobs/pipeline.py": "run"}.get(script)
+        named = {"train.py": "train", "ray_jobs/pipeline.py": "run", "ray_jobs/study.py": "study"}
+        subcommand = named.get(script)
         subcommand = subcommand or Path(script).stem.split("_", 1)[1]
         check_flags(words[words.index(script) + 1 :], subcommand)
     else:

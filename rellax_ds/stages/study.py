@@ -16,8 +16,6 @@ import contextlib
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -36,6 +34,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from rellax_ds.config import Recipe
+    from rellax_ds.stages.launchers import Launched, Launcher
     from rellax_ds.study import Run
 
 RUN_STAGES = STAGES[: STAGES.index("predict") + 1]
@@ -112,7 +111,11 @@ def is_finished(run: Run, root: Path) -> bool:
 
 
 def run_all(
-    runs: Sequence[Run], root: Path, arguments: Sequence[str], parallel: int = 1
+    runs: Sequence[Run],
+    root: Path,
+    arguments: Sequence[str],
+    launcher: Launcher,
+    parallel: int = 1,
 ) -> dict[str, str]:
     """Run runs, each in a process of its own.
 
@@ -120,6 +123,7 @@ def run_all(
         runs: Those that are not finished, sources of adapters first.
         root: The study's folder.
         arguments: Arguments of the `rellax` command that runs one run, its name left out.
+        launcher: What starts them, and where.
         parallel: Runs at a time.
 
     Returns:
@@ -131,23 +135,31 @@ def run_all(
     waiting = list(runs)
     runtime.logger.info("study: %d runs to do", len(waiting))
     failures: dict[str, str] = {}
-    active: dict[str, subprocess.Popen[bytes]] = {}
-    with _stoppable(active) as asked:
+    active: dict[str, Launched] = {}
+    with _signals() as asked:
+        passed_on = 0
         while active or (waiting and not asked):
             for run in [] if asked else _startable(waiting, active, failures):
                 if len(active) == parallel:
                     break
                 waiting.remove(run)
-                runtime.logger.info("study: %s starts, %d wait", run.name, len(waiting))
-                command = [sys.executable, "-m", "rellax_ds.cli", *arguments, run.name]
-                active[run.name] = subprocess.Popen(command, env=runtime.child_environment())
+                runtime.logger.info("study: %s is launched, %d wait", run.name, len(waiting))
+                (run.work(root).root / FAILURE).unlink(missing_ok=True)
+                command = ["-m", "rellax_ds.cli", *arguments, run.name]
+                active[run.name] = launcher.start(run, command)
             _skip_orphans(waiting, failures)
             time.sleep(_POLL_SECONDS)
-            for name, process in list(active.items()):
-                if process.poll() is not None:
+            for number in asked[passed_on:]:
+                passed_on += 1
+                if number == signal.SIGTERM or not launcher.hears_interrupt:
+                    for launched in active.values():
+                        launched.terminate()
+            for name, launched in list(active.items()):
+                ended = launched.poll()
+                if ended is not None:
                     del active[name]
-                    if process.returncode and not asked:
-                        failures[name] = _reason(root, name, runs, process.returncode)
+                    if ended and not asked:
+                        failures[name] = _reason(root, name, runs, ended)
                         runtime.logger.error("study: %s failed: %s", name, failures[name])
     if asked:
         from rellax_ds.training.signals import EXIT_STOPPED
@@ -157,7 +169,7 @@ def run_all(
 
 
 def _startable(
-    waiting: Sequence[Run], active: dict[str, subprocess.Popen[bytes]], failures: dict[str, str]
+    waiting: Sequence[Run], active: dict[str, Launched], failures: dict[str, str]
 ) -> list[Run]:
     """Waiting runs whose source, if they have one, has ended well."""
     unready = {run.name for run in waiting} | set(active) | set(failures)
@@ -172,30 +184,23 @@ def _skip_orphans(waiting: list[Run], failures: dict[str, str]) -> None:
         runtime.logger.error("study: %s is not run: %s", run.name, failures[run.name])
 
 
-def _reason(root: Path, name: str, runs: Sequence[Run], status: int) -> str:
-    """One line on a failed run: what it left, or how its process ended."""
+def _reason(root: Path, name: str, runs: Sequence[Run], ended: str) -> str:
+    """One line on a failed run: what it left, or how it ended."""
     (run,) = (run for run in runs if run.name == name)
     with contextlib.suppress(OSError):
         return (run.work(root).root / FAILURE).read_text(encoding="utf-8").strip()
-    ended = f"signal {-status}" if status < 0 else f"status {status}"
-    return f"its process ended with {ended}; run the same command to continue it"
+    return f"{ended}; run the same command to continue it"
 
 
 @contextlib.contextmanager
-def _stoppable(active: dict[str, subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Pass SIGTERM on to the active runs; yields a list that is filled once a stop is asked for.
-
-    A terminal's Ctrl-C reaches the runs by itself.
-    """
+def _signals() -> Iterator[list[int]]:
+    """Yields a list of the SIGTERM and SIGINT that this process has got, in order."""
     asked: list[int] = []
 
-    def stop(number: int, _frame: FrameType | None) -> None:
+    def hear(number: int, _frame: FrameType | None) -> None:
         asked.append(number)
-        if number == signal.SIGTERM:
-            for process in active.values():
-                process.terminate()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked
     finally:

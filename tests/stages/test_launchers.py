@@ -345,7 +345,7 @@ def test_run_that_no_node_can_take_waits_in_a_cluster_and_is_refused_without_one
 
 @pytest.mark.ray
 @pytest.mark.distributed
-@pytest.mark.slow
+@pytest.mark.slow_soak
 @pytest.mark.timeout(600)
 def test_study_on_ray_is_stopped_continues_and_has_the_bytes_of_a_local_one(
     cluster: Any, grid: Path, tmp_path: Path

@@ -158,10 +158,11 @@ class ModelConfig(Section):
         description="Tokens M(h) acts on: all, or the target's question only (the history before "
         "it is plain LoRA then, so its answers cannot be read off h; ours, not published).",
     )
-    residual: Literal["none", "crm"] = Field(
+    residual: Literal["none", "crm", "stacked"] = Field(
         default="none",
-        description="crm: the score is a times the recommender's logit plus w times the LLM's plus "
-        "b, started at the recommender alone and fitted on valid (ours, not published).",
+        description="The score is a times the recommender's logit plus w times the LLM's plus b, "
+        "fitted on valid (ours, not published). crm: the LLM is trained inside that sum; stacked: "
+        "by itself.",
     )
     packing: bool = Field(
         default=True,

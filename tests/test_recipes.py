@@ -26,6 +26,7 @@ CHANGES: dict[str, tuple[str, set[str]]] = {
         "ml100k_rellax_folds",
         {"model.residual", "model.interaction_scope"},
     ),
+    "ml100k_stacked": ("ml100k_residual", {"model.residual"}),
     "ml100k_two_stage": ("ml100k_rellax", {"model.adapter", "model.train_factors"}),
 }
 

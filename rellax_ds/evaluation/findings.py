@@ -417,7 +417,7 @@ def _crm_facts(evidence: Evidence) -> dict[str, Any]:
 def reads_recommender(recipe: Recipe) -> bool:
     """Whether the score rests on anything of the recommender: item embeddings, h, or its logit."""
     model = recipe.model
-    return model.spa or model.residual == "crm" or not model.spec.input_independent
+    return model.spa or model.residual != "none" or not model.spec.input_independent
 
 
 def _stage_facts(manifest: Manifest) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class ReLLaX(nn.Module):
         self.item_dim = item_dim
         self.instance_dim = instance_dim
         self.loss: Loss = loss
-        self.residual = CRMResidual() if config.residual == "crm" else None
+        self.residual = CRMResidual() if config.residual != "none" else None
         self.llm_alone = False
         self.head = backbones.AnswerHead(self.backbone, **self.answer_ids)
         self.register_buffer("centre", torch.zeros(()))
@@ -131,7 +131,8 @@ class ReLLaX(nn.Module):
         if self.loss == "yes_no":
             scores = self.head(answers)
             margins = scores[:, 0] - scores[:, 1] - self.centre
-            if self.residual is not None and not self.llm_alone:
+            alone = self.llm_alone or (self.training and self.config.residual == "stacked")
+            if self.residual is not None and not alone:
                 margins = self.residual(margins, crm_logits, target_index)
             losses = F.binary_cross_entropy_with_logits(margins, answer_labels, reduction="none")
         else:

@@ -77,6 +77,17 @@ def test_targets_teach_the_llm_also_while_its_weight_is_zero(
     assert gradients(model, loss_of(model, batch, history=False)) != of_target
 
 
+def test_stacked_llm_is_trained_by_itself_and_scored_beside_the_recommender(
+    build: Callable[..., ReLLaX], batch: Batch
+) -> None:
+    stacked, alone, inside = build(residual="stacked"), build(), build(residual="crm")
+    for model in (stacked, inside):
+        model.residual.blend.copy_(torch.tensor([0.75, 0.25, 0.125]))
+    found = [loss_of(model.train(), batch, history=False) for model in (stacked, alone, inside)]
+    assert found[0] == found[1] != found[2]
+    assert torch.equal(scores(stacked.eval(), batch), scores(inside.eval(), batch))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_question_scope_reads_the_history_as_plain_lora_and_the_question_with_the_gates(
     build: Callable[..., ReLLaX], batch: Batch, family: str

@@ -29,7 +29,7 @@ def main() -> int:
     """Compute the figures; 1 when the gate fails."""
     arguments = parser(__doc__)
     arguments.add_argument("study", nargs="?", type=Path, default="work/studies/ml100k_quality")
-    arguments.add_argument("--rellax", default="ml100k_rellax", help="method that is ReLLaX")
+    arguments.add_argument("--rellax", default="ml100k_stacked", help="method that is ReLLaX")
     arguments.add_argument("--lora", default="ml100k_lora_recent", help="method that is plain LoRA")
     options = arguments.parse_args()
     report = Report("quality")

@@ -239,4 +239,4 @@ def test_scorings_of_models_that_are_not_shown_are_counted(small: Made) -> None:
     reads = found["test_reads"]
     assert (reads["scorings"], reads["shown"]) == (2, 1)
     assert reads["first"] == reads["last"]
-    assert any("other models in this folder: 1" in line for line in study_page.statements(found))
+    assert any("models that are not shown: 1" in line for line in study_page.statements(found))

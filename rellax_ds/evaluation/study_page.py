@@ -68,8 +68,8 @@ def statements(findings: dict[str, Any]) -> list[str]:
             f"Test rows were scored once for each of {reads['shown']} models shown, from "
             f"{reads['first']} to {reads['last']}."
             + (
-                f" Scorings in this folder of models that are not shown: {others}. Who chose between "
-                "those has used the test rows."
+                f" Scorings in this folder of models that are not shown: {others}. Who chose "
+                "between those has used the test rows."
                 if others
                 else ""
             )

@@ -95,6 +95,7 @@ def measure(
         ],
     )
     report.body.append(study_page.table(document))
+    report.body.append(study_page.group_table(document) + "\n\n" + study_page.GROUP_NOTE)
 
 
 def best(

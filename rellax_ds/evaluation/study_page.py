@@ -165,9 +165,9 @@ def group_cells(document: dict[str, Any]) -> list[list[str]]:
     names = list(dict.fromkeys(entry["group"] for entry in groups if entry["auc"]))
     if not names:
         return []
-    sizes = {entry["group"]: entry for entry in groups}
+    users = {n: max(entry["users"] for entry in groups if entry["group"] == n) for n in names}
     header = ["method", "K", "shots"]
-    header += [f"{name} events ({sizes[name]['users']:,} users)" for name in names]
+    header += [f"{name} events (up to {users[name]:,} users)" for name in names]
     rows: dict[tuple[str, int, int], dict[str, str]] = {}
     for entry in groups:
         cell = (entry["label"], entry["history_length"], entry["shots"])

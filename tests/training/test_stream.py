@@ -83,9 +83,8 @@ def test_watched_prompt_is_shown_as_text_without_its_soft_token(tmp_path: Path) 
     watched = ScoredPrompts([sample], str(tmp_path))
     (record,) = watched.prompts()
     assert record["prompt"] == "Does this viewer like"
-    scores = Scores(
-        np.array([3, 7]), np.array([0, 0]), np.array([0.0, 1.0]), np.array([-9.0, np.log(3.0)])
-    )
+    logits = np.array([-9.0, np.log(3.0)])
+    scores = Scores(np.array([3, 7]), np.array([0, 0]), np.array([0.0, 1.0]), logits, 0 * logits)
     (row,) = watched.rows(5, scores)
     assert row["probability"] == pytest.approx(0.75)
     assert (row["step"], row["sample"], row["label"]) == (5, 7, 1)

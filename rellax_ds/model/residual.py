@@ -1,14 +1,14 @@
 """The LLM as a correction of the recommender: a times its logit plus w times the LLM's plus b.
 
 It starts at a = 1, w = b = 0, the recommender to the bit. The three numbers are no trained
-parameters: a gradient on w is mostly noise in the few steps of a few-shot training, and while w is
-near 0 the LLM learns nothing from the targets. The training loop fits them on the valid rows each
-time it scores them (`rellax_ds.training.blend`), and in between the LLM is trained inside the
-blend, on what the recommender leaves unexplained (`model.residual` crm), or by itself, as without a
-recommender (stacked). This is ours, not the paper's. It wants logits of
-training rows that were not fitted to their labels (`crm.folds`): beside a recommender that has seen
-the row, nothing seems left to explain. Answers to the history's own questions have no
-recommender's logit and are left as they are.
+parameters: in the few steps of a few-shot training a trained w stayed near 0, and then the LLM
+learns nothing from the targets. The training loop fits them on the valid rows each time it scores
+them (`rellax_ds.training.blend`). In between the LLM is trained inside the blend, on what the
+recommender leaves unexplained (`model.residual` crm), or by itself, as without a recommender
+(stacked). This is ours, not the paper's. It wants logits of training rows that were not fitted to
+their labels (`crm.folds`): beside a recommender that has seen the row, nothing seems left to
+explain. Answers to the history's own questions have no recommender's logit and are left as they
+are.
 """
 
 from __future__ import annotations

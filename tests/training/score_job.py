@@ -41,7 +41,8 @@ def score(rows: Any, folder: Path) -> None:
     found = score_split(engine, batches, len(rows), lambda: None)
     everywhere = processes.gather(found.metrics())
     if processes.first:
-        document = {"metrics": everywhere, "ids": found.ids.tolist()}
+        paired = bool((found.crm_logits == 2 * found.logits).all())
+        document = {"metrics": everywhere, "ids": found.ids.tolist(), "paired": paired}
         (folder / f"{processes.world_size}.json").write_text(json.dumps(document))
     processes.close()
 
@@ -50,7 +51,12 @@ def batch(rows: Any, positions: list[int]) -> Any:
     users, labels, logits = torch.from_numpy(rows[positions]).unbind(1)
     ids = torch.tensor(positions)
     return SimpleNamespace(
-        size=len(positions), sample_ids=ids, users=users.long(), labels=labels, logits=logits
+        size=len(positions),
+        sample_ids=ids,
+        users=users.long(),
+        labels=labels,
+        logits=logits,
+        crm_logits=2 * logits,
     )
 
 

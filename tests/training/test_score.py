@@ -32,6 +32,7 @@ def test_metrics_of_one_two_and_four_ranks_equal_those_of_all_rows(tmp_path: Pat
     for ranks in (1, 2, 4):
         found = json.loads((tmp_path / f"{ranks}.json").read_text())
         assert found["ids"] == list(range(ROWS))
+        assert found["paired"], "the recommender's logits stay with their rows"
         assert len(found["metrics"]) == ranks
         for everywhere in found["metrics"]:
             assert everywhere == pytest.approx(expected, abs=1e-12)

@@ -246,6 +246,7 @@ def _notes(scored: Sequence[Scored]) -> dict[str, Any]:
         "backbones": sorted({recipe.model.backbone for recipe in recipes}),
         "history_weights": sorted({recipe.train.history_weight for recipe in recipes}),
         "centred": sorted({recipe.train.centre_logit for recipe in recipes}),
+        "residuals": sorted({recipe.model.residual for recipe in recipes} - {"none"}),
         "frozen_histories": sorted({recipe.data.freeze_history for recipe in recipes}),
         "datasets": sorted({recipe.data.dataset for recipe in recipes}),
     }

@@ -79,6 +79,11 @@ def statements(findings: dict[str, Any]) -> list[str]:
             "One constant was subtracted from the logits of each LLM so that their mean on valid "
             "fits the shots' share of likes, also zero-shot; it moves LogLoss, not AUC or GAUC."
         )
+    if notes["residuals"]:
+        found.append(
+            "Methods with model.residual add the LLM's logit to the recommender's by three numbers "
+            "fitted on the valid rows; this is not part of the published methods."
+        )
     if any(weight > 0 for weight in notes["history_weights"]):
         found.append(
             "Training also supervises the answers of the history's own questions; this is not part "

@@ -95,6 +95,9 @@ def measure(
         ],
     )
     report.body.append(study_page.table(document))
+    parts = study_page.contrast_table(document)
+    if parts:
+        report.body.append(parts + "\n\n" + study_page.CONTRAST_NOTE)
     report.body.append(study_page.group_table(document) + "\n\n" + study_page.GROUP_NOTE)
 
 

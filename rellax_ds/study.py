@@ -72,6 +72,14 @@ class Grid(Section):
         return value
 
 
+class Contrast(Section):
+    """What one part of a method is worth: the method with it minus one without it."""
+
+    part: str = Field(min_length=1, description="What tables call it.")
+    method: str = Field(description="Name of the method that has the part.")
+    without: str = Field(description="Name of the method that differs in the part alone.")
+
+
 class Study(Section):
     """A whole study file."""
 
@@ -82,6 +90,9 @@ class Study(Section):
         default={}, description="Dotted recipe keys that all runs share, where no axis gives them."
     )
     grids: tuple[Grid, ...] = Field(min_length=1)
+    contrasts: tuple[Contrast, ...] = Field(
+        default=(), description="Pairs of methods compared on their own, at equal axes."
+    )
 
 
 @dataclass(frozen=True)
@@ -190,13 +201,22 @@ def expand(study: Study, root: Path, overrides: Sequence[str] = ()) -> list[Run]
                     f"study {study.name}: two different runs are called {run.name}; give one of "
                     "the methods a name of its own"
                 )
-    methods = {run.method for run in found.values()}
-    if study.reference not in methods:
-        raise ConfigError(
-            f"study {study.name}: reference '{study.reference}' is none of its methods: "
-            f"{', '.join(sorted(methods))}"
-        )
+    _check_names(study, {run.method for run in found.values()})
     return list(found.values())
+
+
+def _check_names(study: Study, methods: set[str]) -> None:
+    """Refuse a reference or a side of a contrast that is none of the methods."""
+    named = [("reference", study.reference)]
+    for contrast in study.contrasts:
+        named += [(f"contrast {contrast.part}", contrast.method)]
+        named += [(f"contrast {contrast.part}", contrast.without)]
+    for what, name in named:
+        if name not in methods:
+            raise ConfigError(
+                f"study {study.name}: {what} '{name}' is none of its methods: "
+                f"{', '.join(sorted(methods))}"
+            )
 
 
 def write_plan(study: Study, runs: Iterable[Run], root: Path, finished: Iterable[str]) -> None:
@@ -214,6 +234,7 @@ def write_plan(study: Study, runs: Iterable[Run], root: Path, finished: Iterable
         "name": study.name,
         "description": study.description,
         "reference": study.reference,
+        "contrasts": [contrast.model_dump() for contrast in study.contrasts],
         "finished": sorted(finished),
         "runs": [run.document() for run in runs],
     }
@@ -221,7 +242,7 @@ def write_plan(study: Study, runs: Iterable[Run], root: Path, finished: Iterable
 
 
 def read_plan(root: Path) -> tuple[dict[str, Any], list[Run]]:
-    """Name, description, reference and finished runs of the study in a folder, and all its runs.
+    """Name, description, reference, contrasts and finished runs of a study's folder, and all runs.
 
     Raises:
         ArtifactError: The folder holds no plan.

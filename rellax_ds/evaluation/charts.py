@@ -97,20 +97,31 @@ def line_chart(
 
 
 def interval_chart(
-    title: str, x_label: str, rows: Sequence[tuple[str, float, float, float]]
+    title: str,
+    x_label: str,
+    rows: Sequence[tuple[str, float, float, float]],
+    differences: bool = False,
 ) -> str:
-    """A dot with its interval for each (name, value, low, high), the first on top and marked."""
+    """A dot with its interval for each (name, value, low, high), the first on top.
+
+    Args:
+        title: Spoken by screen readers.
+        x_label: Name of the axis.
+        rows: What is drawn.
+        differences: Write signs and mark zero; otherwise the first row is marked.
+    """
+    text = "{:+.3f}" if differences else "{:.3f}"
 
     def draw(axes: Any) -> None:
         places = np.arange(len(rows))[::-1]
         for place, (_, value, low, high), first in zip(
-            places, rows, [True] + [False] * (len(rows) - 1), strict=True
+            places, rows, [not differences] + [False] * (len(rows) - 1), strict=True
         ):
             colour = _SERIES[0] if first else _INK
             axes.plot([low, high], [place, place], color=colour, linewidth=2)
             axes.plot([value], [place], color=colour, marker="o", markersize=6.5)
             axes.annotate(
-                f"{value:.3f}",
+                text.format(value).replace("-", "\u2212"),
                 (value, place),
                 xytext=(0, 7),
                 textcoords="offset points",
@@ -118,7 +129,8 @@ def interval_chart(
                 fontsize=9,
             )
         if rows:
-            axes.axvline(rows[0][1], color=_FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+            mark = 0.0 if differences else rows[0][1]
+            axes.axvline(mark, color=_FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         axes.set_yticks(places, [name for name, *_ in rows])
         axes.set_ylim(-0.6, len(rows) - 0.3)
         axes.tick_params(axis="y", length=0)

@@ -97,6 +97,7 @@ def template(name: str, **filters: Callable[..., Any]) -> Template:
     own: dict[str, Callable[..., Any]] = {
         "figure": words.figure,
         "signed": words.signed,
+        "gap": words.gap,
         "count": lambda number: f"{number:,}",
         "percent": lambda share: f"{share:.1%}",
         "duration": words.duration,

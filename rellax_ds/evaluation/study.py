@@ -24,7 +24,8 @@ from rellax_ds.evaluation.study_cells import (
     label_of,
     reference_cell,
 )
-from rellax_ds.evaluation.study_groups import by_history
+from rellax_ds.evaluation.study_contrasts import contrasts
+from rellax_ds.evaluation.study_groups import by_history, groups_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +48,9 @@ def find(study: StudyRuns, resamples: int = RESAMPLES) -> dict[str, Any]:
     reference = study.plan["reference"]
     cells = group(study.scored, lambda one: one.run.cell)
     results = [_result(compared, cell, cells, reference, study) for cell in cells]
+    results.sort(key=lambda row: (row["history_length"], row["shots"], -row["auc"]["value"]))
     recommenders = _recommenders(study.scored, compared, cells, reference)
+    groups = groups_of(cells, resamples)
     first = study.scored[0]
     return {
         "name": study.plan["name"],
@@ -62,7 +65,8 @@ def find(study: StudyRuns, resamples: int = RESAMPLES) -> dict[str, Any]:
         "results": results,
         "recommenders": recommenders,
         "best_recommender": max(recommenders, key=lambda row: row["valid_auc"])["label"],
-        "groups": by_history(cells, reference, resamples),
+        "contrasts": contrasts(study.plan["contrasts"], compared, groups, cells),
+        "groups": by_history(groups, cells, reference),
         "heterogeneity": _heterogeneity(study.scored),
         "notes": _notes(study.scored),
         "test_reads": _test_reads(study),

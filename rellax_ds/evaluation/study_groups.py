@@ -7,6 +7,7 @@ seeds, users resampled inside the group, differences paired.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,85 +17,101 @@ from rellax_ds.evaluation.groups import history_groups
 from rellax_ds.evaluation.study_cells import Comparison, label_of, reference_cell
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from rellax_ds.evaluation.significance import Resampled
     from rellax_ds.evaluation.study_cells import Cell
     from rellax_ds.evaluation.study_runs import Scored
 
 _MIN_USERS = 5
 
 
-def by_history(
-    cells: Mapping[Cell, Mapping[int, Scored]], reference: str, resamples: int
-) -> list[dict[str, Any]]:
-    """Test AUC of every cell and its difference to the reference's, in groups of history length.
+@dataclass(frozen=True)
+class Group:
+    """Test rows whose user had so many events before the target.
+
+    Attributes:
+        name: Such as `20 to 49`.
+        masks: Which rows of a seed belong to it, [N] each.
+        compared: Comparisons on its rows.
+    """
+
+    name: str
+    masks: Mapping[int, Any]
+    compared: Comparison
+
+    def mean(
+        self, cell: Cell, by_seed: Mapping[int, Scored], seeds: Sequence[int]
+    ) -> Resampled | None:
+        """A cell's mean over seeds; None where a seed has fewer than five users or one class."""
+        for seed in seeds:
+            rows = self.compared.rows[seed]
+            positives = int(rows.label.sum())
+            if np.unique(rows.user).size < _MIN_USERS or not 0 < positives < rows.label.size:
+                return None
+        logits = {seed: by_seed[seed].test.logit[self.masks[seed]] for seed in seeds}
+        return self.compared.mean(cell, logits, seeds)
+
+    def size(self, seeds: Sequence[int]) -> dict[str, int]:
+        """Rows and users over these seeds."""
+        users = [self.compared.rows[seed].user for seed in seeds]
+        return {
+            "rows": sum(int(self.masks[seed].sum()) for seed in seeds),
+            "users": int(np.unique(np.concatenate(users)).size),
+        }
+
+
+def groups_of(cells: Mapping[Cell, Mapping[int, Scored]], resamples: int) -> list[Group]:
+    """The groups of history length, over the test rows of these runs.
 
     Args:
         cells: Runs by cell and seed.
-        reference: Method that the others are compared with.
         resamples: Resamples of users behind each interval.
+    """
+    tests = {one.seed: one.test for by_seed in cells.values() for one in by_seed.values()}
+    found = []
+    for place, (name, _) in enumerate(history_groups(np.zeros(0, dtype=np.int64))):
+        masks = {seed: history_groups(rows.history)[place][1] for seed, rows in tests.items()}
+        rows_of = {seed: rows.where(masks[seed]) for seed, rows in tests.items()}
+        found.append(Group(name, masks, Comparison(rows_of, resamples)))
+    return found
+
+
+def by_history(
+    groups: Sequence[Group], cells: Mapping[Cell, Mapping[int, Scored]], reference: str
+) -> list[dict[str, Any]]:
+    """Test AUC of every cell and its difference to the reference's, by group.
+
+    Args:
+        groups: From `groups_of`.
+        cells: Runs by cell and seed.
+        reference: Method that the others are compared with.
 
     Returns:
         One entry per group and cell: `group`, `rows` and `users` over all seeds of the cell,
         `label`, `method`, `history_length`, `shots`, `auc` and `minus_reference`, None where a
         group has fewer than five users or one class only.
     """
-    names = [name for name, _ in history_groups(np.zeros(0, dtype=np.int64))]
     found = []
-    for place, name in enumerate(names):
-        masks = {
-            one.seed: history_groups(one.test.history)[place][1]
-            for by_seed in cells.values()
-            for one in by_seed.values()
-        }
-        compared = Comparison(
-            {
-                one.seed: one.test.where(masks[one.seed])
-                for by_seed in cells.values()
-                for one in by_seed.values()
-            },
-            resamples,
-        )
+    for group in groups:
         for cell, by_seed in cells.items():
             method, length, shots, varied = cell
             seeds = sorted(by_seed)
-            entry = {
-                "group": name,
-                "label": label_of(method, varied),
-                "method": method,
-                "history_length": length,
-                "shots": shots,
-                "rows": sum(int(masks[seed].sum()) for seed in seeds),
-                "users": _users(compared, seeds),
-                "auc": None,
-                "minus_reference": None,
-            }
-            if _defined(compared, seeds):
-                logits = _logits(by_seed, masks)
-                ours = compared.mean(cell, logits, seeds)
-                entry["auc"] = as_json(ours.estimates())["auc"]
-                other = reference_cell(cell, cells, reference)
-                if other is not None and other != cell and set(seeds) <= set(cells[other]):
-                    theirs = compared.mean(other, _logits(cells[other], masks), seeds)
-                    entry["minus_reference"] = as_json(ours.minus(theirs).estimates())["auc"]
-            found.append(entry)
+            ours, gap = group.mean(cell, by_seed, seeds), None
+            other = reference_cell(cell, cells, reference)
+            if ours and other is not None and other != cell and set(seeds) <= set(cells[other]):
+                theirs = group.mean(other, cells[other], seeds)
+                gap = theirs and as_json(ours.minus(theirs).estimates())["auc"]
+            found.append(
+                {
+                    "group": group.name,
+                    "label": label_of(method, varied),
+                    "method": method,
+                    "history_length": length,
+                    "shots": shots,
+                    **group.size(seeds),
+                    "auc": ours and as_json(ours.estimates())["auc"],
+                    "minus_reference": gap,
+                }
+            )
     return found
-
-
-def _logits(by_seed: Mapping[int, Scored], masks: Mapping[int, Any]) -> dict[int, Any]:
-    return {seed: one.test.logit[masks[seed]] for seed, one in by_seed.items()}
-
-
-def _users(compared: Comparison, seeds: list[int]) -> int:
-    users = [compared.rows[seed].user for seed in seeds]
-    return int(np.unique(np.concatenate(users)).size)
-
-
-def _defined(compared: Comparison, seeds: list[int]) -> bool:
-    """Whether every seed has enough users and both classes."""
-    for seed in seeds:
-        rows = compared.rows[seed]
-        positives = int(rows.label.sum())
-        if np.unique(rows.user).size < _MIN_USERS or not 0 < positives < rows.label.size:
-            return False
-    return True

@@ -6,6 +6,7 @@ trained on, because a method that reads it is not few-shot, whatever its shots.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,13 @@ from rellax_ds.evaluation.report import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 _METRICS = ("auc", "log_loss", "gauc")
 _DASH = "\u2013"
+_SEED = re.compile(r"(?<=\d-)(s\d+)(?=-|$)")
+"""The seed in a run's name (`study.cell_name`), after the number of shots."""
 
 
 def write(findings: dict[str, Any], directory: Path) -> None:
@@ -101,9 +104,18 @@ def statements(findings: dict[str, Any]) -> list[str]:
     if findings["missing"]:
         found.append(
             f"{len(findings['missing'])} of {findings['runs']} runs are not finished: "
-            f"{', '.join(findings['missing'])}."
+            f"{', '.join(_by_cell(findings['missing']))}."
         )
     return found
+
+
+def _by_cell(runs: Sequence[str]) -> list[str]:
+    """Names of runs, those that differ in the seed alone as one: `full-K5-n800-s1/s2`."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in runs:
+        head, seed, tail = _SEED.split(name, maxsplit=1)
+        found.setdefault((head, tail), []).append(seed)
+    return [f"{head}{'/'.join(seeds)}{tail}" for (head, tail), seeds in found.items()]
 
 
 def _crm_statement(findings: dict[str, Any]) -> str:
@@ -141,6 +153,9 @@ def markdown(document: dict[str, Any]) -> str:
     """The tables and the sentences as Markdown."""
     blocks = [f"# {document['name']}", document["description"], table(document)]
     blocks += ["\n".join(f"- {sentence}" for sentence in document["statements"])]
+    parts = contrast_table(document)
+    if parts:
+        blocks += ["## What each part is worth", parts, CONTRAST_NOTE]
     grouped = group_table(document)
     if grouped:
         blocks += ["## By length of history", grouped, GROUP_NOTE]
@@ -154,43 +169,91 @@ def markdown(document: dict[str, Any]) -> str:
 def table(document: dict[str, Any]) -> str:
     """Every method and recommender as a Markdown table."""
     header = ["method", "K", "shots", "seeds", *(TITLES[name] for name in _METRICS)]
-    header += ["AUC over seeds", f"AUC minus {document['reference']}", "CRM saw"]
+    header += ["AUC over seeds", f"AUC minus {document['reference']}", MINUS_CRM, "CRM saw"]
     return table_text(
         header, [_cells(row) for row in document["results"] + document["recommenders"]]
     )
 
 
-def group_cells(document: dict[str, Any]) -> list[list[str]]:
-    """AUC by length of history: a header, then a row per cell; empty without a defined group.
-
-    A cell of the table holds the AUC and, where there is one, the paired difference to the
-    reference. A group that no cell has a figure for is left out.
-    """
-    groups = document["groups"]
-    names = list(dict.fromkeys(entry["group"] for entry in groups if entry["auc"]))
-    if not names:
-        return []
-    users = {n: max(entry["users"] for entry in groups if entry["group"] == n) for n in names}
-    header = ["method", "K", "shots"]
-    header += [f"{name} events (up to {users[name]:,} users)" for name in names]
-    rows: dict[tuple[str, int, int], dict[str, str]] = {}
-    for entry in groups:
-        cell = (entry["label"], entry["history_length"], entry["shots"])
-        text = words.interval(entry["auc"])
-        if entry["minus_reference"]:
-            text = f"{words.plain(entry['auc']['value'])}, {words.signed(entry['minus_reference'])}"
-        rows.setdefault(cell, {})[entry["group"]] = text
-    return [header] + [
-        [label, str(length), f"{shots:,}", *(found[name] for name in names)]
-        for (label, length, shots), found in rows.items()
+def contrast_table(document: dict[str, Any]) -> str:
+    """What each part is worth as a Markdown table; empty without pairs."""
+    entries = document["contrasts"]
+    if not entries:
+        return ""
+    names = _defined(group for entry in entries for group in entry["groups"])
+    header = ["part", "method", "without it", "K", "shots", "seeds", "AUC", "LogLoss"]
+    rows = [
+        [
+            entry["part"],
+            entry["method"],
+            entry["without"],
+            str(entry["history_length"]),
+            f"{entry['shots']:,}",
+            seeds_of(entry),
+            f"{words.signed(entry['auc'])}, {words.verdict('auc', entry['auc'])}",
+            words.signed(entry["log_loss"]),
+            *(words.signed(g["auc"]) for g in entry["groups"] if g["group"] in names),
+        ]
+        for entry in entries
     ]
+    return table_text(header + [f"AUC, {name} events" for name in names], rows)
 
 
 def group_table(document: dict[str, Any]) -> str:
-    """The same as a Markdown table."""
-    cells = group_cells(document)
-    return table_text(cells[0], cells[1:]) if cells else ""
+    """AUC by length of history as a Markdown table; empty without a defined group.
 
+    A cell of the table holds the AUC and, where there is one, the paired difference to the
+    reference.
+    """
+    names, rows = by_group(document)
+    if not names:
+        return ""
+
+    def text(entry: dict[str, Any]) -> str:
+        gap = entry["minus_reference"]
+        if gap is None:
+            return words.interval(entry["auc"])
+        return f"{words.plain(entry['auc']['value'])}, {words.signed(gap)}"
+
+    header = ["method", "K", "shots", *(f"{name} events ({users})" for name, users in names)]
+    return table_text(header, [[*head, *map(text, entries)] for head, entries in rows])
+
+
+Grouped = tuple[list[tuple[str, str]], list[tuple[list[str], list[dict[str, Any]]]]]
+
+
+def by_group(document: dict[str, Any]) -> Grouped:
+    """The groups of history length that some cell has a figure for, with how many users at most,
+    and each cell with its entries in those groups, in the order of the results.
+    """
+    groups = document["groups"]
+    names = _defined(groups)
+    users = {n: max(entry["users"] for entry in groups if entry["group"] == n) for n in names}
+    rows: dict[tuple[str, int, int], list[dict[str, Any]]] = {
+        (row["label"], row["history_length"], row["shots"]): [] for row in document["results"]
+    }
+    for entry in groups:
+        if entry["group"] in users:
+            rows[entry["label"], entry["history_length"], entry["shots"]].append(entry)
+    return [(name, f"up to {users[name]:,} users") for name in names], [
+        ([label, str(length), f"{shots:,}"], entries)
+        for (label, length, shots), entries in rows.items()
+    ]
+
+
+def _defined(groups: Iterable[dict[str, Any]]) -> list[str]:
+    """Names of the groups with a figure, in order."""
+    return list(dict.fromkeys(group["group"] for group in groups if group["auc"]))
+
+
+MINUS_CRM = "AUC minus its CRM"
+
+CONTRAST_NOTE = (
+    "Paired differences of two methods that differ in the part alone, on the same rows and the "
+    "seeds both have; by how many events the user had before the target. Intervals are 95 % over "
+    "resampled users and not corrected for the number of rows here; a difference of LogLoss is "
+    "better when negative."
+)
 
 GROUP_NOTE = (
     "Test AUC of the rows whose user had so many events before the target: with its interval for "
@@ -214,6 +277,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         *(words.interval(row[name]) for name in _METRICS),
         _spread(row),
         f"{words.signed(gap['auc'])}, {words.verdict('auc', gap['auc'])}" if gap else _DASH,
+        words.signed(row["minus_crm"]["auc"]) if row.get("minus_crm") else _DASH,
         crm_saw(row),
     ]
 
@@ -243,16 +307,20 @@ def _cost(row: dict[str, Any]) -> list[str]:
 
 def render(document: dict[str, Any]) -> str:
     """The page, as HTML text that fetches nothing."""
-    page = template("study.html.j2", seeds=seeds_of, spread=_spread, crm_saw=crm_saw, cost=_cost)
+    page = template(
+        "study.html.j2", seeds=seeds_of, crm_saw=crm_saw, cost=_cost, two_lines=words.two_lines
+    )
     return page.render(
         document,
         metrics=_METRICS,
         titles=TITLES,
-        verdict=words.verdict,
+        minus_crm=MINUS_CRM,
         charts={name: Markup(svg) for name, svg in draw(document).items()},
         cost_note=_COST_NOTE,
         group_note=GROUP_NOTE,
-        group_cells=group_cells(document),
+        grouped=by_group(document),
+        contrast_note=CONTRAST_NOTE,
+        contrast_groups=_defined(g for entry in document["contrasts"] for g in entry["groups"]),
         acknowledgement=ACKNOWLEDGEMENT if _is_movielens(document) else "",
     )
 
@@ -289,7 +357,16 @@ def draw(document: dict[str, Any]) -> dict[str, str]:
         drawn["gaps"] = charts.interval_chart(
             "Difference to the reference",
             f"test AUC minus {document['reference']}, 95 % interval",
-            [(document["reference"], 0.0, 0.0, 0.0), *(_bar(*gap) for gap in gaps)],
+            [_bar(*gap) for gap in gaps],
+            differences=True,
+        )
+    parts = [c for c in document["contrasts"] if (c["history_length"], c["shots"]) == at]
+    if parts:
+        drawn["parts"] = charts.interval_chart(
+            "What each part is worth",
+            "difference of test AUC, 95 % interval",
+            [_bar(entry["part"], entry["auc"]) for entry in parts],
+            differences=True,
         )
     if document["heterogeneity"]:
         drawn["heterogeneity"] = charts.line_chart(

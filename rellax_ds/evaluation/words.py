@@ -39,15 +39,34 @@ def interval(estimate: dict[str, float] | None) -> str:
     return f"{plain(estimate['value'])} ({low} to {high})"
 
 
+def sign(value: float) -> str:
+    """A difference with an explicit sign."""
+    return f"{_MINUS if value < 0 else '+'}{plain(abs(value))}"
+
+
 def signed(estimate: dict[str, float] | None) -> str:
     """A difference with its interval and explicit signs."""
     if estimate is None:
         return "not defined"
-
-    def sign(value: float) -> str:
-        return f"{_MINUS if value < 0 else '+'}{plain(abs(value))}"
-
     return f"{sign(estimate['value'])} ({sign(estimate['low'])} to {sign(estimate['high'])})"
+
+
+def gap(estimate: dict[str, float] | None, metric: str) -> Markup:
+    """A difference above its interval, in the colour of its verdict, for a table cell."""
+    if estimate is None:
+        return Markup('<span class="none">not defined</span>')
+    low, high, outcome = sign(estimate["low"]), sign(estimate["high"]), verdict(metric, estimate)
+    return Markup('<b class="{}">{}</b><span class="interval">{} to {}</span>').format(
+        outcome.replace(" ", "-"), sign(estimate["value"]), low, high
+    )
+
+
+def two_lines(text: str) -> Markup:
+    """What stands in brackets below the rest, for a table cell."""
+    head, bracket, rest = text.partition(" (")
+    if not bracket:
+        return Markup("{}").format(text)
+    return Markup('{}<span class="interval">{}</span>').format(head, rest.removesuffix(")"))
 
 
 def duration(seconds: float) -> str:

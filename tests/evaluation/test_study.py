@@ -119,7 +119,7 @@ def test_pages_say_what_the_recommender_saw_and_hold_every_figure(
     (plain,) = (line for line in lines if line.startswith("| plain | 5 | 50 | 1, 2, 3 |"))
     assert plain.endswith("| \N{EN DASH} |")
     html = (tmp_path / "study.html").read_text()
-    assert html.count("<svg") == 7
+    assert html.count("<svg") == 8
     assert "http" not in html.replace("http-equiv", "")
 
 
@@ -226,6 +226,46 @@ def test_groups_by_history_hold_every_row_once_and_pair_with_the_reference(
     text = study_page.group_table(found)
     assert f"{defined[0]['group']} events" in text
     assert "| full | 10 | 100 |" in text
+
+
+def test_contrast_is_the_paired_difference_wherever_both_sides_have_a_seed(
+    found: dict[str, Any],
+) -> None:
+    by_cell = {(c["history_length"], c["shots"]): c for c in found["contrasts"]}
+    assert set(by_cell) == {(5, 50), (5, 100), (10, 50), (10, 100)}  # none of the sim runs: no pair
+    one, ours, theirs = by_cell[10, 100], row(found, "full"), row(found, "plain")
+    assert (one["part"], one["seeds"]) == ("all of it", [1, 2, 3])
+    for metric in ("auc", "log_loss", "gauc"):
+        assert one[metric] == pytest.approx(ours["minus_reference"][metric])
+    whole = ours["minus_reference"]["log_loss"]["value"]
+    assert whole == pytest.approx(ours["log_loss"]["value"] - theirs["log_loss"]["value"])
+    groups = {g["group"]: g for g in found["groups"] if g["label"] == "full"}
+    scored = sum(rows["n"] for rows in found["rows"].values())
+    assert sum(group["rows"] for group in one["groups"]) == scored
+    assert any(group["auc"] for group in one["groups"])
+    for group in one["groups"]:
+        assert (group["auc"] is None) == (groups[group["group"]]["minus_reference"] is None)
+    text = study_page.contrast_table(found)
+    assert "| all of it | full | plain | 10 | 100 | 1, 2, 3 |" in text
+
+
+def test_contrast_uses_the_seeds_both_sides_have(small: Made) -> None:
+    root, _ = small
+    forget(root, "plain-K5-n800-s2")
+    (one,) = find(StudyRuns.read(root), 50)["contrasts"]
+    assert one["seeds"] == [1]
+    forget(root, "plain-K5-n800-s1")
+    bare = find(StudyRuns.read(root), 50)
+    assert bare["contrasts"] == []
+    assert "What each part" not in study_page.markdown(bare | {"statements": []})
+    assert "What each part" not in study_page.render(bare | {"statements": []})
+
+
+def test_runs_that_differ_in_the_seed_are_named_as_one(small: Made) -> None:
+    root, _ = small
+    forget(root, "full-K5-n800-s1", "full-K5-n800-s2")
+    lines = study_page.statements(find(StudyRuns.read(root), 50))
+    assert any("2 of 4 runs are not finished: full-K5-n800-s1/s2." in line for line in lines)
 
 
 def test_scorings_of_models_that_are_not_shown_are_counted(small: Made) -> None:

@@ -45,7 +45,9 @@ def write_study(folder: Path, **changes: Any) -> Path:
         {"methods": ["plain.yaml", "full.yaml"], "axes": axes},
         {"methods": ["full.yaml"], "axes": SIM},
     ]
-    document = {"description": "made up", "reference": "plain", "grids": grids, **changes}
+    contrasts = [{"part": "all of it", "method": "full", "without": "plain"}]
+    document = {"description": "made up", "reference": "plain", "grids": grids}
+    document |= {"contrasts": contrasts, **changes}
     path = folder / "made.yaml"
     path.write_text(json.dumps(document))  # JSON is YAML, and has no aliases
     return path

@@ -95,10 +95,13 @@ def measure(
         ],
     )
     report.body.append(study_page.table(document))
-    parts = study_page.contrast_table(document)
-    if parts:
-        report.body.append(parts + "\n\n" + study_page.CONTRAST_NOTE)
-    report.body.append(study_page.group_table(document) + "\n\n" + study_page.GROUP_NOTE)
+    for table, note in (
+        (study_page.contrast_table(document), study_page.CONTRAST_NOTE),
+        (study_page.label_table(document), study_page.LABELS_NOTE),
+        (study_page.group_table(document), study_page.GROUP_NOTE),
+    ):
+        if table:
+            report.body.append(f"{table}\n\n{note}")
 
 
 def best(

@@ -1,7 +1,8 @@
-"""Two baselines without an LLM: the mean of the last labels, and a logistic model on means.
+"""Baselines without an LLM: means of labels in the history, and a logistic model on means.
 
-They are the floor a report needs: the first asks how much of a score is the user's mood, the second
-how much is item popularity and user leniency. Both are causal and streaming like the main model: a
+They are the floor a report needs: the mean of the last labels asks how much of a score is the
+user's mood, that of the most similar events' what retrieval adds to it, the logistic model how much
+is item popularity and user leniency. Both are causal and streaming like the main model: a
 history may run into the valid and test period, as the samples' ranges say, but item statistics
 come from training events before the sample only, and the weights from the training split only.
 """
@@ -12,10 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rellax_ds import metrics
-from rellax_ds.schema import EVENTS, SAMPLES, SPLITS, check_table
+from rellax_ds.errors import TableError
+from rellax_ds.retrieval.heterogeneity import Ranked
+from rellax_ds.schema import EVENTS, RETRIEVED, SAMPLES, SPLITS, check_table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,6 +125,35 @@ def last_labels(log: Log, samples: ArrayLike, num_last: int = 10) -> FloatArray:
     start = np.maximum(log.history_start[ids], stop - num_last)
     total = np.r_[0.0, np.cumsum(log.event_label)]
     likes, rows = total[stop] - total[start], (stop - start).astype(np.float64)
+    return metrics.logit(_smoothed(likes, rows, _LAST_PRIOR_ROWS, log.base_rate))
+
+
+def similar_labels(log: Log, retrieval: Path, samples: ArrayLike, num_similar: int) -> FloatArray:
+    """Logit of the mean label of the `num_similar` events most similar to each sample's target.
+
+    Smoothed as `last_labels`, with which it is equal where a history is no longer than that.
+
+    Args:
+        log: Events and samples.
+        retrieval: Stage 3's folder, of at least as many retrieved events.
+        samples: Sample ids in ascending order, [N].
+        num_similar: Labels to average.
+
+    Returns:
+        Logits, float64 [N].
+
+    Raises:
+        TableError: Stage 3's table does not have the promised columns, or lacks a sample.
+    """
+    ids, path = np.asarray(samples, dtype=np.int64), retrieval / "retrieved.parquet"
+    lists = pq.read_table(path, filters=pc.field("sample").isin(ids))
+    lists = check_table(lists, RETRIEVED, str(path))
+    if not np.array_equal(lists["sample"].to_numpy(), ids):
+        raise TableError(f"{path}: a sample is missing or twice; run `rellax retrieval` again")
+    row, event = Ranked(lists).best(num_similar)
+    likes, rows = np.zeros(ids.size), np.zeros(ids.size)
+    np.add.at(likes, row, log.event_label[event])
+    np.add.at(rows, row, 1.0)
     return metrics.logit(_smoothed(likes, rows, _LAST_PRIOR_ROWS, log.base_rate))
 
 

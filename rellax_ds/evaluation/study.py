@@ -22,9 +22,10 @@ from rellax_ds.evaluation.study_cells import (
     Comparison,
     group,
     label_of,
+    logits_of,
     reference_cell,
 )
-from rellax_ds.evaluation.study_contrasts import contrasts
+from rellax_ds.evaluation.study_contrasts import contrasts, history_labels
 from rellax_ds.evaluation.study_groups import by_history, groups_of
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def find(study: StudyRuns, resamples: int = RESAMPLES) -> dict[str, Any]:
         "best_recommender": max(recommenders, key=lambda row: row["valid_auc"])["label"],
         "contrasts": contrasts(study.plan["contrasts"], compared, groups, cells),
         "groups": by_history(groups, cells, reference),
+        "history_labels": history_labels(study.scored, compared, groups),
         "heterogeneity": _heterogeneity(study.scored),
         "notes": _notes(study.scored),
         "test_reads": _test_reads(study),
@@ -85,11 +87,11 @@ def _result(
     method, length, shots, varied = cell
     by_seed = cells[cell]
     seeds = sorted(by_seed)
-    found = compared.mean(cell, _logits(by_seed), seeds)
+    found = compared.mean(cell, logits_of(by_seed), seeds)
     other = reference_cell(cell, cells, reference)
     gap = None
     if other is not None and other != cell:
-        gap = _gap(compared, (cell, _logits(by_seed)), (other, _logits(cells[other])))
+        gap = _gap(compared, (cell, logits_of(by_seed)), (other, logits_of(cells[other])))
     own_crm = {seed: one.test.crm for seed, one in by_seed.items()}
     first = by_seed[seeds[0]]
     return {
@@ -101,7 +103,7 @@ def _result(
         "seeds": seeds,
         "missing_seeds": _missing_seeds(cell, study),
         **as_json(found.estimates()),
-        "spread": _spread(compared, _logits(by_seed)),
+        "spread": _spread(compared, logits_of(by_seed)),
         "by_seed": [
             {
                 "seed": seed,
@@ -112,7 +114,7 @@ def _result(
         ],
         "valid_auc": _valid_auc(by_seed),
         "minus_reference": gap,
-        "minus_crm": _gap(compared, (cell, _logits(by_seed)), ((cell, "crm"), own_crm)),
+        "minus_crm": _gap(compared, (cell, logits_of(by_seed)), ((cell, "crm"), own_crm)),
         "crm": {
             "kind": first.run.recipe.crm.kind,
             "used": first.reads_crm,
@@ -155,7 +157,7 @@ def _recommenders(
         main = next((cell for cell in cells if cell[0] == reference), None)
         gap = None
         if main is not None:
-            gap = _gap(compared, (("crm", kind, varied), logits), (main, _logits(cells[main])))
+            gap = _gap(compared, (("crm", kind, varied), logits), (main, logits_of(cells[main])))
         found.append(
             {
                 "kind": kind,
@@ -174,10 +176,6 @@ def _recommenders(
             }
         )
     return found
-
-
-def _logits(by_seed: dict[int, Scored]) -> dict[int, Any]:
-    return {seed: one.test.logit for seed, one in by_seed.items()}
 
 
 def _figures(rows: Rows, logits: Any) -> dict[str, float | None]:

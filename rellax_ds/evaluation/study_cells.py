@@ -41,7 +41,7 @@ class Comparison:
         """A comparison of these runs."""
         return cls({one.seed: one.test for one in scored}, resamples)
 
-    def mean(self, name: object, logits: dict[int, Any], seeds: Sequence[int]) -> Resampled:
+    def mean(self, name: object, logits: Mapping[int, Any], seeds: Sequence[int]) -> Resampled:
         """The mean over seeds of a model's metrics.
 
         Args:
@@ -77,6 +77,11 @@ def group(scored: Sequence[Scored], key: Callable[[Scored], Any]) -> dict[Any, d
     for one in scored:
         groups.setdefault(key(one), {}).setdefault(one.seed, one)
     return groups
+
+
+def logits_of(by_seed: Mapping[int, Scored]) -> dict[int, Any]:
+    """Logits of runs on their test rows, by seed."""
+    return {seed: one.test.logit for seed, one in by_seed.items()}
 
 
 def label_of(method: str, varied: Sequence[tuple[str, Any]]) -> str:

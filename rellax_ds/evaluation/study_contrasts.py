@@ -1,15 +1,17 @@
-"""What each part of a method is worth: paired differences of two methods that differ in it alone.
+"""What one part is worth: paired differences of two models that differ in it alone.
 
-A study names the pairs; every pair is compared wherever both methods were run with the same K,
-shots and further axes, on the seeds both have, over all test rows and by length of history.
+A study names pairs of methods; every pair is compared wherever both were run with the same K, shots
+and further axes, on the seeds both have, over all test rows and by length of history. What
+retrieval does to the labels a history shows is compared without any LLM.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rellax_ds.evaluation.baselines import Log, last_labels, similar_labels
 from rellax_ds.evaluation.findings import as_json
-from rellax_ds.evaluation.study_cells import label_of
+from rellax_ds.evaluation.study_cells import label_of, logits_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from rellax_ds.evaluation.study_cells import Cell, Comparison
     from rellax_ds.evaluation.study_groups import Group
     from rellax_ds.evaluation.study_runs import Scored
+
+    Model = tuple[object, Mapping[int, Any]]
 
 _METRICS = ("auc", "log_loss", "gauc")
 
@@ -49,10 +53,7 @@ def contrasts(
             seeds = sorted(set(ours) & set(theirs))
             if method != pair["method"] or not seeds:
                 continue
-            gap = compared.mean(cell, _logits(ours), seeds).minus(
-                compared.mean(other, _logits(theirs), seeds)
-            )
-            estimates = as_json(gap.estimates())
+            models = (cell, logits_of(ours)), (other, logits_of(theirs))
             found.append(
                 {
                     "part": pair["part"],
@@ -61,25 +62,64 @@ def contrasts(
                     "history_length": length,
                     "shots": shots,
                     "seeds": seeds,
-                    **{name: estimates[name] for name in _METRICS},
-                    "groups": [
-                        _of_group(group, (cell, ours), (other, theirs), seeds) for group in groups
-                    ],
+                    **_difference(*models, compared, groups, seeds),
                 }
             )
     return found
 
 
-def _of_group(
-    group: Group,
-    ours: tuple[Cell, Mapping[int, Scored]],
-    theirs: tuple[Cell, Mapping[int, Scored]],
+def history_labels(
+    scored: Sequence[Scored], compared: Comparison, groups: Sequence[Group]
+) -> list[dict[str, Any]]:
+    """What the labels of K events say by themselves: the most similar K against the last K.
+
+    Args:
+        scored: The runs; the first of a seed gives its tables and its retrieved lists.
+        compared: Comparisons on all test rows.
+        groups: The same on groups of rows.
+
+    Returns:
+        One entry per K that some run has and every list holds: `history_length`, `seeds`, the
+        estimates `recent` and `similar` of the test AUC, and the difference as in `contrasts`.
+    """
+    first = {one.seed: one for one in reversed(scored)}
+    logs = {seed: Log.read(one.work.stage_dir("tables")) for seed, one in first.items()}
+    kept = min(one.run.recipe.retrieval.num_retrieved for one in first.values())
+    seeds, found = sorted(first), []
+    for length in sorted({one.run.recipe.shards.history_length for one in scored}):
+        if length > kept:
+            continue
+        recent, similar = {}, {}
+        for seed, one in first.items():
+            rows, retrieval = one.test.sample, one.work.stage_dir("retrieval")
+            recent[seed] = last_labels(logs[seed], rows, length)
+            similar[seed] = similar_labels(logs[seed], retrieval, rows, length)
+        models = (("similar", length), similar), (("recent", length), recent)
+        values = [as_json(compared.mean(*model, seeds).estimates())["auc"] for model in models]
+        found.append(
+            {
+                "history_length": length,
+                "seeds": seeds,
+                "recent": values[1],
+                "similar": values[0],
+                **_difference(*models, compared, groups, seeds),
+            }
+        )
+    return found
+
+
+def _difference(
+    ours: Model,
+    theirs: Model,
+    compared: Comparison,
+    groups: Sequence[Group],
     seeds: Sequence[int],
 ) -> dict[str, Any]:
-    one, two = group.mean(*ours, seeds), group.mean(*theirs, seeds)
-    gap = as_json(one.minus(two).estimates())["auc"] if one and two else None
-    return {"group": group.name, **group.size(seeds), "auc": gap}
-
-
-def _logits(by_seed: Mapping[int, Scored]) -> dict[int, Any]:
-    return {seed: one.test.logit for seed, one in by_seed.items()}
+    gap = compared.mean(*ours, seeds).minus(compared.mean(*theirs, seeds))
+    estimates = as_json(gap.estimates())
+    inside = []
+    for group in groups:
+        one, two = group.mean(*ours, seeds), group.mean(*theirs, seeds)
+        auc = as_json(one.minus(two).estimates())["auc"] if one and two else None
+        inside.append({"group": group.name, **group.size(seeds), "auc": auc})
+    return {**{name: estimates[name] for name in _METRICS}, "groups": inside}

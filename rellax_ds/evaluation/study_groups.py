@@ -14,7 +14,7 @@ import numpy as np
 
 from rellax_ds.evaluation.findings import as_json
 from rellax_ds.evaluation.groups import history_groups
-from rellax_ds.evaluation.study_cells import Comparison, label_of, reference_cell
+from rellax_ds.evaluation.study_cells import Comparison, label_of, logits_of, reference_cell
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,16 +41,22 @@ class Group:
     compared: Comparison
 
     def mean(
-        self, cell: Cell, by_seed: Mapping[int, Scored], seeds: Sequence[int]
+        self, name: object, logits: Mapping[int, Any], seeds: Sequence[int]
     ) -> Resampled | None:
-        """A cell's mean over seeds; None where a seed has fewer than five users or one class."""
+        """A model's mean over seeds; None where a seed has fewer than five users or one class.
+
+        Args:
+            name: Of the model; what was computed for it is kept.
+            logits: Its logits on all test rows, by seed.
+            seeds: Seeds that count.
+        """
         for seed in seeds:
             rows = self.compared.rows[seed]
             positives = int(rows.label.sum())
             if np.unique(rows.user).size < _MIN_USERS or not 0 < positives < rows.label.size:
                 return None
-        logits = {seed: by_seed[seed].test.logit[self.masks[seed]] for seed in seeds}
-        return self.compared.mean(cell, logits, seeds)
+        inside = {seed: logits[seed][self.masks[seed]] for seed in seeds}
+        return self.compared.mean(name, inside, seeds)
 
     def size(self, seeds: Sequence[int]) -> dict[str, int]:
         """Rows and users over these seeds."""
@@ -97,10 +103,10 @@ def by_history(
         for cell, by_seed in cells.items():
             method, length, shots, varied = cell
             seeds = sorted(by_seed)
-            ours, gap = group.mean(cell, by_seed, seeds), None
+            ours, gap = group.mean(cell, logits_of(by_seed), seeds), None
             other = reference_cell(cell, cells, reference)
             if ours and other is not None and other != cell and set(seeds) <= set(cells[other]):
-                theirs = group.mean(other, cells[other], seeds)
+                theirs = group.mean(other, logits_of(cells[other]), seeds)
                 gap = theirs and as_json(ours.minus(theirs).estimates())["auc"]
             found.append(
                 {

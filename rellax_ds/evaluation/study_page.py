@@ -156,6 +156,9 @@ def markdown(document: dict[str, Any]) -> str:
     parts = contrast_table(document)
     if parts:
         blocks += ["## What each part is worth", parts, CONTRAST_NOTE]
+    labels = label_table(document)
+    if labels:
+        blocks += ["## What the histories say without an LLM", labels, LABELS_NOTE]
     grouped = group_table(document)
     if grouped:
         blocks += ["## By length of history", grouped, GROUP_NOTE]
@@ -197,6 +200,26 @@ def contrast_table(document: dict[str, Any]) -> str:
         for entry in entries
     ]
     return table_text(header + [f"AUC, {name} events" for name in names], rows)
+
+
+def label_table(document: dict[str, Any]) -> str:
+    """What labels of the last and of the most similar K say, as a Markdown table."""
+    entries = document["history_labels"]
+    if not entries:
+        return ""
+    names = _defined(group for entry in entries for group in entry["groups"])
+    header = ["K", "AUC of the last K", "AUC of the most similar K", "difference"]
+    rows = [
+        [
+            str(entry["history_length"]),
+            words.interval(entry["recent"]),
+            words.interval(entry["similar"]),
+            f"{words.signed(entry['auc'])}, {words.verdict('auc', entry['auc'])}",
+            *(words.signed(g["auc"]) for g in entry["groups"] if g["group"] in names),
+        ]
+        for entry in entries
+    ]
+    return table_text(header + [f"{name} events" for name in names], rows)
 
 
 def group_table(document: dict[str, Any]) -> str:
@@ -261,6 +284,13 @@ GROUP_NOTE = (
     "Retrieval changes a prompt only where the history is longer than K."
 )
 
+LABELS_NOTE = (
+    "The mean label of K events of the history as the score: of the last K, and of the K that SUBR "
+    "finds most similar to the target. It needs no LLM and no training, and says what retrieval "
+    "gives up or gains before the text is read; the difference also by how many events the user "
+    "had before the target."
+)
+
 _COST_NOTE = (
     "Means over seeds, from the manifests and the training log; where runs share a training or a "
     "scoring, its time is given for each. The recommender and the data path are not counted."
@@ -320,6 +350,8 @@ def render(document: dict[str, Any]) -> str:
         group_note=GROUP_NOTE,
         grouped=by_group(document),
         contrast_note=CONTRAST_NOTE,
+        labels_note=LABELS_NOTE,
+        label_groups=_defined(g for one in document["history_labels"] for g in one["groups"]),
         contrast_groups=_defined(g for entry in document["contrasts"] for g in entry["groups"]),
         acknowledgement=ACKNOWLEDGEMENT if _is_movielens(document) else "",
     )
@@ -367,6 +399,22 @@ def draw(document: dict[str, Any]) -> dict[str, str]:
             "difference of test AUC, 95 % interval",
             [_bar(entry["part"], entry["auc"]) for entry in parts],
             differences=True,
+        )
+    labels = document["history_labels"]
+    if len(labels) > 1:
+        lengths = [entry["history_length"] for entry in labels]
+        drawn["labels"] = charts.series_chart(
+            "AUC of the mean label by K",
+            "K, history items",
+            "test AUC",
+            [
+                charts.Series(
+                    name,
+                    lengths,
+                    *([entry[key][part] for entry in labels] for part in ("value", "low", "high")),
+                )
+                for name, key in (("last K", "recent"), ("most similar K", "similar"))
+            ],
         )
     if document["heterogeneity"]:
         drawn["heterogeneity"] = charts.line_chart(

@@ -66,6 +66,7 @@ class Scored:
 
     Attributes:
         run: Which it is.
+        work: Its work folder.
         test: Its test rows.
         valid: Its valid rows.
         crm_valid_auc: AUC of its recommender on the whole valid split.
@@ -81,6 +82,7 @@ class Scored:
     """
 
     run: Run
+    work: WorkDir
     test: Rows
     valid: Rows
     crm_valid_auc: float
@@ -171,6 +173,7 @@ def _read(run: Run, work: WorkDir) -> Scored:
     heterogeneity = work.stage_dir("retrieval") / "heterogeneity.json"
     return Scored(
         run=run,
+        work=work,
         test=_rows(columns, crm_logits, history, _TEST),
         valid=_rows(columns, crm_logits, history, _VALID),
         crm_valid_auc=metrics.auc(label[split == _VALID], crm_logits[split == _VALID]),

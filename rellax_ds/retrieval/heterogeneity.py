@@ -52,7 +52,7 @@ def heterogeneity(
     first = 0
     for piece in retrieved:
         rows = first + np.flatnonzero(chosen[first : first + piece.num_rows])
-        top = _Ranked(piece.take(rows - first))
+        top = Ranked(piece.take(rows - first))
         for k in at:
             recent = _ranges(np.maximum(start[rows], end[rows] - k), end[rows])
             totals["recent"][k] += _distinct(*recent, genre)
@@ -62,10 +62,11 @@ def heterogeneity(
     return {kind: {str(k): total / count for k, total in of.items()} for kind, of in totals.items()}
 
 
-class _Ranked:
-    """Retrieved lists in the order of similarity."""
+class Ranked:
+    """Retrieved lists in the order of similarity, ties to the later event."""
 
     def __init__(self, lists: pa.Table) -> None:
+        """Rank some rows of stage 3's table."""
         counts = np.diff(lists.column("events").combine_chunks().offsets.to_numpy())
         row = np.repeat(np.arange(lists.num_rows), counts)
         event = lists.column("events").combine_chunks().flatten().to_numpy()

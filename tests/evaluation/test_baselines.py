@@ -6,12 +6,23 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rellax_ds import metrics
-from rellax_ds.evaluation.baselines import LogisticBaseline, causal_features, last_labels
+from rellax_ds.errors import TableError
+from rellax_ds.evaluation.baselines import (
+    LogisticBaseline,
+    causal_features,
+    last_labels,
+    similar_labels,
+)
+from rellax_ds.schema import RETRIEVED
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rellax_ds.evaluation.baselines import Log
 
 TRAIN, VALID, TEST = range(3)
@@ -97,6 +108,30 @@ def test_last_labels_average_ten_and_fall_back_to_the_base_rate(log: Log) -> Non
         assert found[sample] == pytest.approx(expected)
     empty = replace(log, history_end=log.history_start)
     assert metrics.sigmoid(last_labels(empty, [3])) == pytest.approx(log.base_rate)
+
+
+def test_similar_labels_average_the_most_similar_of_the_retrieved(log: Log, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    ids = np.flatnonzero(log.split == TEST)
+    kept = [
+        np.arange(log.history_start[n], log.history_end[n])[-12:] for n in range(log.event.size)
+    ]
+    similarity = [rng.integers(0, 4, events.size) / 4 for events in kept]  # with ties
+    columns = {"sample": np.arange(log.event.size), "events": kept, "similarity": similarity}
+    table = pa.table({n: pa.array(list(columns[n]), kind) for n, kind in RETRIEVED.items()})
+    pq.write_table(table, tmp_path / "retrieved.parquet")
+    found = metrics.sigmoid(similar_labels(log, tmp_path, ids, 5))
+    for place, sample in enumerate(ids):
+        ranked = sorted(zip(similarity[sample], kept[sample], strict=True), reverse=True)[:5]
+        labels = [log.event_label[event] for _, event in ranked]
+        expected = (sum(labels) + log.base_rate) / (len(labels) + 1)
+        assert found[place] == pytest.approx(expected)
+    short = ids[log.history_end[ids] - log.history_start[ids] <= 5]
+    whole = similar_labels(log, tmp_path, short, 5)
+    assert whole == pytest.approx(last_labels(log, short, 5))
+    pq.write_table(table.slice(1), tmp_path / "retrieved.parquet")
+    with pytest.raises(TableError, match="missing or twice"):
+        similar_labels(log, tmp_path, [0, 1], 5)
 
 
 def test_logistic_beats_the_base_rate_on_planted_taste(log: Log) -> None:

@@ -17,6 +17,7 @@ from rellax_ds import metrics
 from rellax_ds.artifacts import WorkDir
 from rellax_ds.errors import ArtifactError, TableError
 from rellax_ds.evaluation import study_page, test_reads
+from rellax_ds.evaluation.baselines import Log, last_labels
 from rellax_ds.evaluation.significance import UserBootstrap
 from rellax_ds.evaluation.study import find
 from rellax_ds.evaluation.study_runs import StudyRuns
@@ -119,7 +120,7 @@ def test_pages_say_what_the_recommender_saw_and_hold_every_figure(
     (plain,) = (line for line in lines if line.startswith("| plain | 5 | 50 | 1, 2, 3 |"))
     assert plain.endswith("| \N{EN DASH} |")
     html = (tmp_path / "study.html").read_text()
-    assert html.count("<svg") == 8
+    assert html.count("<svg") == 9
     assert "http" not in html.replace("http-equiv", "")
 
 
@@ -259,6 +260,33 @@ def test_contrast_uses_the_seeds_both_sides_have(small: Made) -> None:
     assert bare["contrasts"] == []
     assert "What each part" not in study_page.markdown(bare | {"statements": []})
     assert "What each part" not in study_page.render(bare | {"statements": []})
+
+
+def test_labels_of_histories_are_compared_without_an_llm(made: Made, found: dict[str, Any]) -> None:
+    root = made[0]
+    assert [entry["history_length"] for entry in found["history_labels"]] == [5, 10]
+    entry = found["history_labels"][0]
+    expected = []
+    for seed in (1, 2, 3):
+        table = test_rows(root, f"full-K10-n100-s{seed}").sort_by("sample")
+        work = WorkDir(root / "runs" / f"full-K10-n100-s{seed}")
+        log = Log.read(work.stage_dir("tables"))
+        logits = last_labels(log, table["sample"].to_numpy(), 5)
+        expected.append(metrics.auc(table["label"].to_numpy(), logits))
+    assert entry["recent"]["value"] == pytest.approx(np.mean(expected))
+    gap = entry["similar"]["value"] - entry["recent"]["value"]
+    assert entry["auc"]["value"] == pytest.approx(gap)
+    assert entry["auc"]["value"] != 0
+    assert any(group["auc"] for group in entry["groups"])
+    assert "| 5 |" in study_page.label_table(found)
+
+
+def test_history_longer_than_the_retrieved_lists_has_no_labels_to_compare(tmp_path: Path) -> None:
+    axes = {"shards.history_length": [5, 40], "seed": [1, 2]}
+    root, _ = make_study(tmp_path, grids=[{"methods": ["plain.yaml", "full.yaml"], "axes": axes}])
+    found = find(StudyRuns.read(root), 50)
+    assert [entry["history_length"] for entry in found["history_labels"]] == [5]
+    assert study_page.draw(found).keys().isdisjoint({"labels"})
 
 
 def test_runs_that_differ_in_the_seed_are_named_as_one(small: Made) -> None:

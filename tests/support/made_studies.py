@@ -13,7 +13,7 @@ import yaml
 
 from rellax_ds.artifacts import write_json
 from rellax_ds.evaluation.baselines import Log
-from rellax_ds.schema import PREDICTIONS
+from rellax_ds.schema import PREDICTIONS, RETRIEVED
 from rellax_ds.study import PLAN, Run, expand, load_study, write_plan
 from rellax_ds.tables import write_tables
 from rellax_ds.testing import made_tables
@@ -77,7 +77,12 @@ def finish(run: Run, root: Path) -> None:
     log = Log.read(work.stage_dir("tables"))
     noise = np.random.default_rng(run.recipe.seed).normal(size=(3, log.label.size))
     crm = 1.2 * (log.label - 0.5) + noise[0] * (0.9 if run.recipe.crm.kind == "din" else 1.4)
-    commit(work, "retrieval", heterogeneity={"recent": {"5": 3.2}, "retrieved": {"5": 2.5}})
+    commit(
+        work,
+        "retrieval",
+        lambda directory: pq.write_table(first_events(log), directory / "retrieved.parquet"),
+        heterogeneity={"recent": {"5": 3.2}, "retrieved": {"5": 2.5}},
+    )
     commit(
         work,
         "crm",
@@ -107,6 +112,18 @@ def finish(run: Run, root: Path) -> None:
         "predict",
         lambda directory: pq.write_table(pa.table(arrays), directory / "predictions.parquet"),
     )
+
+
+def first_events(log: Log) -> pa.Table:
+    """Retrieved lists that hold the first events of every history, all equally similar."""
+    stop = np.minimum(log.history_end, log.history_start + 30)
+    events = [np.arange(*ends) for ends in zip(log.history_start, stop, strict=True)]
+    columns = {
+        "sample": np.arange(stop.size),
+        "events": events,
+        "similarity": [np.full(found.size, 0.5) for found in events],
+    }
+    return pa.table({name: pa.array(list(columns[name]), kind) for name, kind in RETRIEVED.items()})
 
 
 def forget(root: Path, *names: str) -> None:

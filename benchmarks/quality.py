@@ -1,6 +1,8 @@
 """What ReLLaX gains over recommenders and over plain LoRA, from a study's stored predictions.
 
-Nothing is run: the figures are computed from what `rellax study --study ml100k_quality` has left.
+No model is run. With a study's folder the figures are computed from what `rellax study` has left
+there; without one from the committed scores of `ml100k_quality`, after stages 1 to 3 have built the
+tables and retrieved lists again (`--keep` writes that file from a folder).
 Everything that is chosen is chosen on valid (mean AUC over seeds) among what has three seeds: K,
 shots and recommender of ReLLaX, K of plain LoRA at the same shots, and the best recommender. The
 interval of a difference resamples users, all seeds at once. The gate: the runs of a seed have the
@@ -13,28 +15,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report import Report, parser
+from rellax_ds import runtime
+from rellax_ds.artifacts import WorkDir
+from rellax_ds.assets import fetch
 from rellax_ds.errors import RellaxError
-from rellax_ds.evaluation import study_page, words
+from rellax_ds.evaluation import study_archive, study_page, words
 from rellax_ds.evaluation.study import find
 from rellax_ds.evaluation.study_cells import Comparison, group
 from rellax_ds.evaluation.study_runs import StudyRuns
+from rellax_ds.partitions import disconnect
+from rellax_ds.stages.pipeline import load_stage
 
 if TYPE_CHECKING:
     from rellax_ds.evaluation.significance import Resampled
 
 MINIMUM_SEEDS = 3
+SCORES = Path(__file__).parent / "scores" / "ml100k_quality.zip"
 
 
 def main() -> int:
     """Compute the figures; 1 when the gate fails."""
     arguments = parser(__doc__)
-    arguments.add_argument("study", nargs="?", type=Path, default="work/studies/ml100k_quality")
+    arguments.add_argument("study", nargs="?", type=Path, help="folder; default: committed scores")
+    arguments.add_argument("--scores", type=Path, default=SCORES, help="the committed scores")
+    arguments.add_argument("--keep", action="store_true", help="write them from the folder")
     arguments.add_argument("--rellax", default="ml100k_stacked", help="method that is ReLLaX")
     arguments.add_argument("--lora", default="ml100k_lora_recent", help="method that is plain LoRA")
     options = arguments.parse_args()
     report = Report("quality")
     try:
-        study = StudyRuns.read(options.study)
+        if options.study is None:
+            study = stored(options.scores)
+        else:
+            study = StudyRuns.read(options.study)
+            if options.keep:
+                study_archive.pack(options.study, options.scores)
         document = find(study)
         measure(report, study, document, options.rellax, options.lora)
         lines = study_page.statements(document)
@@ -42,6 +57,17 @@ def main() -> int:
     except RellaxError as error:
         report.check(False, str(error))
     return report.finish(options.report)
+
+
+def stored(scores: Path) -> StudyRuns:
+    """The study of committed scores, on tables that are built again, or skipped."""
+    recipe = study_archive.plan_of(scores)[1][0].recipe
+    fetch([recipe.data.dataset, recipe.embeddings.encoder])
+    work = WorkDir(runtime.default_work_dir(f"{scores.stem}_rows"))
+    for stage in ("tables", "embeddings", "retrieval"):
+        load_stage(stage).run(recipe, work)
+    disconnect()
+    return study_archive.read(scores, work)
 
 
 def measure(

@@ -123,6 +123,7 @@ def measure(
     report.body.append(study_page.table(document))
     for table, note in (
         (study_page.contrast_table(document), study_page.CONTRAST_NOTE),
+        (study_page.blend_table(document), study_page.BLEND_NOTE),
         (study_page.label_table(document), study_page.LABELS_NOTE),
         (study_page.group_table(document), study_page.GROUP_NOTE),
     ):

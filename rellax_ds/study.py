@@ -33,6 +33,9 @@ RUNS = "runs"
 PLAN = "plan.json"
 """The study's runs with their recipes, as they were last planned."""
 
+ALONE = ", LLM alone"
+"""Ends the name of a blended method's LLM without its recommender, in tables and contrasts."""
+
 _COMMON_AXES = ("shards.history_length", "shards.train_rows", "seed")
 """Axes every run's name gives, whether or not the study varies them."""
 
@@ -76,7 +79,7 @@ class Contrast(Section):
     """What one part of a method is worth: the method with it minus one without it."""
 
     part: str = Field(min_length=1, description="What tables call it.")
-    method: str = Field(description="Name of the method that has the part.")
+    method: str = Field(description="Name of the method that has the part; `NAME, LLM alone` too.")
     without: str = Field(description="Name of the method that differs in the part alone.")
 
 
@@ -212,7 +215,7 @@ def _check_names(study: Study, methods: set[str]) -> None:
         named += [(f"contrast {contrast.part}", contrast.method)]
         named += [(f"contrast {contrast.part}", contrast.without)]
     for what, name in named:
-        if name not in methods:
+        if name.removesuffix(ALONE) not in methods:
             raise ConfigError(
                 f"study {study.name}: {what} '{name}' is none of its methods: "
                 f"{', '.join(sorted(methods))}"

@@ -27,6 +27,7 @@ FLOORS = {
     "redaction": 1,
     "runtime": 1,
     "metrics": 1,
+    "blend": 1,
     "batch": 1,
     "assets": 1,
     "gguf": 1,

@@ -15,7 +15,7 @@ shards: {train_rows: 100, history_length: 4}
 """
 GRID = """
 reference: plain
-contrasts: [{part: width, method: wide, without: plain}]
+contrasts: [{part: width, method: "wide, LLM alone", without: plain}]
 set: {shards.valid_rows: 50, shards.train_rows: 60}
 grids:
   - methods:
@@ -89,7 +89,7 @@ def test_plan_gives_the_runs_back(grid: Path, tmp_path: Path) -> None:
         "name": "grid",
         "description": "",
         "reference": "plain",
-        "contrasts": [{"part": "width", "method": "wide", "without": "plain"}],
+        "contrasts": [{"part": "width", "method": "wide, LLM alone", "without": "plain"}],
         "finished": ["plain-K2-n60-s7"],
     }
     assert found == runs
@@ -102,7 +102,10 @@ def test_plan_gives_the_runs_back(grid: Path, tmp_path: Path) -> None:
     [
         (("reference: plain", "reference: plane"), "reference 'plane' is none of its methods"),
         (("without: plain", "without: plane"), "contrast width 'plane' is none of its methods"),
-        (("method: wide", "method: width"), "contrast width 'width' is none of its methods"),
+        (
+            ('method: "wide,', 'method: "width,'),
+            "'width, LLM alone' is none of its methods",
+        ),
         (("start_from: plain", "start_from: plane"), "starts from plane, which has no run"),
         (("seed: [7, 8]", "seed: []"), "axis seed has no value"),
         (("seed: [7, 8]", "sed: [7, 8]"), "unknown key 'sed'"),

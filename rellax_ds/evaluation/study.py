@@ -17,6 +17,7 @@ from rellax_ds import metrics
 from rellax_ds.config import CRM_NAMES
 from rellax_ds.evaluation.findings import as_json
 from rellax_ds.evaluation.significance import METRICS, point_values
+from rellax_ds.evaluation.study_blends import blends
 from rellax_ds.evaluation.study_cells import (
     RESAMPLES,
     Comparison,
@@ -24,9 +25,11 @@ from rellax_ds.evaluation.study_cells import (
     label_of,
     logits_of,
     reference_cell,
+    with_llm_alone,
 )
 from rellax_ds.evaluation.study_contrasts import contrasts, history_labels
 from rellax_ds.evaluation.study_groups import by_history, groups_of
+from rellax_ds.study import ALONE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +50,8 @@ def find(study: StudyRuns, resamples: int = RESAMPLES) -> dict[str, Any]:
     """
     compared = Comparison.of(study.scored, resamples)
     reference = study.plan["reference"]
-    cells = group(study.scored, lambda one: one.run.cell)
+    scored = group(study.scored, lambda one: one.run.cell)
+    cells = with_llm_alone(scored)
     results = [_result(compared, cell, cells, reference, study) for cell in cells]
     results.sort(key=lambda row: (row["history_length"], row["shots"], -row["auc"]["value"]))
     recommenders = _recommenders(study.scored, compared, cells, reference)
@@ -68,6 +72,7 @@ def find(study: StudyRuns, resamples: int = RESAMPLES) -> dict[str, Any]:
         "best_recommender": max(recommenders, key=lambda row: row["valid_auc"])["label"],
         "contrasts": contrasts(study.plan["contrasts"], compared, groups, cells),
         "groups": by_history(groups, cells, reference),
+        "blends": blends(scored, compared, reference),
         "history_labels": history_labels(study.scored, compared, groups),
         "heterogeneity": _heterogeneity(study.scored),
         "notes": _notes(study.scored),
@@ -97,6 +102,7 @@ def _result(
     return {
         "method": method,
         "label": label_of(method, varied),
+        "derived": method.endswith(ALONE),
         "axes": dict(varied),
         "history_length": length,
         "shots": shots,

@@ -5,12 +5,13 @@ The draws of users are shared by everything that is compared, so differences are
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rellax_ds.evaluation.significance import Resampled, UserBootstrap
+from rellax_ds.study import ALONE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -77,6 +78,30 @@ def group(scored: Sequence[Scored], key: Callable[[Scored], Any]) -> dict[Any, d
     for one in scored:
         groups.setdefault(key(one), {}).setdefault(one.seed, one)
     return groups
+
+
+def with_llm_alone(cells: Mapping[Cell, dict[int, Scored]]) -> dict[Cell, dict[int, Scored]]:
+    """The cells, and beside each blended one its LLM without the recommender's logit.
+
+    A blended logit is a times the recommender's plus w times the LLM's plus b (`counts["blend"]`).
+    Where w is 0 nothing of the LLM is in it, and the seed is left out.
+    """
+    found: dict[Cell, dict[int, Scored]] = {}
+    for cell, by_seed in cells.items():
+        found[cell] = dict(by_seed)
+        alone = {
+            seed: replace(one, test=_unblended(one.test, blend), valid=_unblended(one.valid, blend))
+            for seed, one in by_seed.items()
+            if (blend := one.counts.get("blend")) and blend[1] > 0
+        }
+        if alone:
+            found[cell[0] + ALONE, *cell[1:]] = alone
+    return found
+
+
+def _unblended(rows: Rows, blend: Sequence[float]) -> Rows:
+    of_crm, of_llm, offset = blend
+    return replace(rows, logit=(rows.logit - of_crm * rows.crm - offset) / of_llm)
 
 
 def logits_of(by_seed: Mapping[int, Scored]) -> dict[int, Any]:

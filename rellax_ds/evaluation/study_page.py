@@ -85,7 +85,8 @@ def statements(findings: dict[str, Any]) -> list[str]:
     if notes["residuals"]:
         found.append(
             "Methods with model.residual add the LLM's logit to the recommender's by three numbers "
-            "fitted on the valid rows; this is not part of the published methods."
+            "fitted on the valid rows; this is not part of the published methods. “LLM alone” is "
+            "the LLM's own logit out of that sum; a seed whose fit gave it no weight is left out."
         )
     if any(weight > 0 for weight in notes["history_weights"]):
         found.append(
@@ -156,6 +157,7 @@ def markdown(document: dict[str, Any]) -> str:
     parts = contrast_table(document)
     if parts:
         blocks += ["## What each part is worth", parts, CONTRAST_NOTE]
+    blocks += ["## With the recommender's logit added", blend_table(document), BLEND_NOTE]
     labels = label_table(document)
     if labels:
         blocks += ["## What the histories say without an LLM", labels, LABELS_NOTE]
@@ -164,7 +166,7 @@ def markdown(document: dict[str, Any]) -> str:
         blocks += ["## By length of history", grouped, GROUP_NOTE]
     header = ["method", "K", "shots", "trained parameters", "steps", "training s", "steps alone s"]
     header += ["scoring ms a row", "CRM saw"]
-    costs = [_cost(row) for row in document["results"]]
+    costs = [_cost(row) for row in document["results"] if not row["derived"]]
     blocks += ["## Cost", table_text(header, costs), _COST_NOTE]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -200,6 +202,31 @@ def contrast_table(document: dict[str, Any]) -> str:
         for entry in entries
     ]
     return table_text(header + [f"AUC, {name} events" for name in names], rows)
+
+
+def blend_table(document: dict[str, Any]) -> str:
+    """Every LLM with its recommender's logit added, as a Markdown table."""
+    header = ["method", "K", "shots", "seeds", "weight of the LLM", "AUC", "LogLoss", MINUS_CRM]
+    rows = [
+        [
+            entry["label"],
+            str(entry["history_length"]),
+            f"{entry['shots']:,}",
+            seeds_of(entry),
+            weights_of(entry),
+            words.interval(entry["auc"]),
+            words.interval(entry["log_loss"]),
+            words.signed(entry["minus_crm"]),
+            words.signed(entry["minus_reference"]) if entry["minus_reference"] else _DASH,
+        ]
+        for entry in document["blends"]
+    ]
+    return table_text([*header, f"AUC minus {document['reference']} likewise"], rows)
+
+
+def weights_of(entry: dict[str, Any]) -> str:
+    """Fitted weights by seed."""
+    return ", ".join(f"{weight:.2f}" for weight in entry["weights"])
 
 
 def label_table(document: dict[str, Any]) -> str:
@@ -284,6 +311,12 @@ GROUP_NOTE = (
     "Retrieval changes a prompt only where the history is longer than K."
 )
 
+BLEND_NOTE = (
+    "Each LLM's logit added to its recommender's: a times the recommender's plus the weight times "
+    "the LLM's plus b, the three numbers fitted on the valid rows of the seed. An LLM that never "
+    "read the recommender is blended likewise: what a method gains by reading it must show here."
+)
+
 LABELS_NOTE = (
     "The mean label of K events of the history as the score: of the last K, and of the K that SUBR "
     "finds most similar to the target. It needs no LLM and no training, and says what retrieval "
@@ -338,7 +371,12 @@ def _cost(row: dict[str, Any]) -> list[str]:
 def render(document: dict[str, Any]) -> str:
     """The page, as HTML text that fetches nothing."""
     page = template(
-        "study.html.j2", seeds=seeds_of, crm_saw=crm_saw, cost=_cost, two_lines=words.two_lines
+        "study.html.j2",
+        seeds=seeds_of,
+        weights=weights_of,
+        crm_saw=crm_saw,
+        cost=_cost,
+        two_lines=words.two_lines,
     )
     return page.render(
         document,
@@ -350,6 +388,7 @@ def render(document: dict[str, Any]) -> str:
         group_note=GROUP_NOTE,
         grouped=by_group(document),
         contrast_note=CONTRAST_NOTE,
+        blend_note=BLEND_NOTE,
         labels_note=LABELS_NOTE,
         label_groups=_defined(g for one in document["history_labels"] for g in one["groups"]),
         contrast_groups=_defined(g for entry in document["contrasts"] for g in entry["groups"]),
@@ -434,6 +473,7 @@ def draw(document: dict[str, Any]) -> dict[str, str]:
             [
                 (row["label"], scale * row["seconds"][key], *_bar(row["label"], row["auc"])[1:])
                 for row in here
+                if not row["derived"]
             ],
         )
     return drawn

@@ -24,12 +24,12 @@ from safetensors.torch import save as to_bytes
 
 from rellax_ds import runtime
 from rellax_ds.artifacts import write_bytes, write_json
+from rellax_ds.blend import START
 from rellax_ds.config import ModelConfig
 from rellax_ds.errors import CheckpointError
 from rellax_ds.model import cflora, spa
 from rellax_ds.model.backbone import gathered
 from rellax_ds.model.rellax import ReLLaX, adapter_parameters, assemble
-from rellax_ds.model.residual import START
 from rellax_ds.model.tensors import check_tensors, read_tensors
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 It starts at a = 1, w = b = 0, the recommender to the bit. The three numbers are no trained
 parameters: in the few steps of a few-shot training a trained w stayed near 0, and then the LLM
 learns nothing from the targets. The training loop fits them on the valid rows each time it scores
-them (`rellax_ds.training.blend`). In between the LLM is trained inside the blend, on what the
+them (`rellax_ds.blend`). In between the LLM is trained inside the blend, on what the
 recommender leaves unexplained (`model.residual` crm), or by itself, as without a recommender
 (stacked). This is ours, not the paper's. It wants logits of training rows that were not fitted to
 their labels (`crm.folds`): beside a recommender that has seen the row, nothing seems left to
@@ -16,8 +16,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-START = (1.0, 0.0, 0.0)
-"""Blend before anything is known: the recommender alone."""
+from rellax_ds.blend import START
 
 LEAST = 0.2
 """Smallest w in training, so that targets always teach the LLM something."""

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from rellax_ds import metrics, runtime
+from rellax_ds.blend import START, fit_blend
 from rellax_ds.errors import CheckpointError, RellaxError
 from rellax_ds.model import adapter_io
-from rellax_ds.model.residual import START
 from rellax_ds.redaction import redacted
-from rellax_ds.training.blend import fit_blend
 from rellax_ds.training.schedule import rate_factor, warmup_steps
 from rellax_ds.training.score import Scores, score_split
 from rellax_ds.training.throughput import Throughput

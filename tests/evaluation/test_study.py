@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from made_studies import commit, forget, make_study
 
 from rellax_ds import metrics
 from rellax_ds.artifacts import WorkDir
+from rellax_ds.blend import fit_blend
 from rellax_ds.errors import ArtifactError, TableError
 from rellax_ds.evaluation import study_page, test_reads
 from rellax_ds.evaluation.baselines import Log, last_labels
@@ -116,7 +118,7 @@ def test_pages_say_what_the_recommender_saw_and_hold_every_figure(
         assert "full training set" in text
         for one in document["results"]:
             assert f"{one['auc']['value']:.3f}".removeprefix("0") in text
-    lines = (tmp_path / "study.md").read_text().splitlines()
+    lines = (tmp_path / "study.md").read_text().partition("## ")[0].splitlines()
     (plain,) = (line for line in lines if line.startswith("| plain | 5 | 50 | 1, 2, 3 |"))
     assert plain.endswith("| \N{EN DASH} |")
     html = (tmp_path / "study.html").read_text()
@@ -260,6 +262,60 @@ def test_contrast_uses_the_seeds_both_sides_have(small: Made) -> None:
     assert bare["contrasts"] == []
     assert "What each part" not in study_page.markdown(bare | {"statements": []})
     assert "What each part" not in study_page.render(bare | {"statements": []})
+
+
+def test_every_llm_is_blended_with_its_recommender_on_valid(
+    made: Made, found: dict[str, Any]
+) -> None:
+    study = StudyRuns.read(made[0])
+    runs = [one for one in study.scored if one.run.cell == ("plain", 10, 100, ())]
+    aucs, weights = [], []
+    for one in sorted(runs, key=lambda one: one.seed):
+        valid = one.valid
+        a, w, b = fit_blend(valid.label.astype(float), valid.crm, valid.logit)
+        weights.append(w)
+        aucs.append(metrics.auc(one.test.label, a * one.test.crm + w * one.test.logit + b))
+    rows = {(r["label"], r["history_length"], r["shots"]): r for r in found["blends"]}
+    plain, full = rows["plain", 10, 100], rows["full", 10, 100]
+    assert plain["weights"] == pytest.approx(weights)
+    assert plain["auc"]["value"] == pytest.approx(np.mean(aucs))
+    crm = next(r for r in found["recommenders"] if r["kind"] == "din")["auc"]["value"]
+    assert plain["minus_crm"]["value"] == pytest.approx(np.mean(aucs) - crm)
+    assert plain["minus_reference"] is None
+    gap = full["auc"]["value"] - plain["auc"]["value"]
+    assert full["minus_reference"]["value"] == pytest.approx(gap)
+    assert "| full, crm.kind sim | 10 | 100 | 1, 2 |" in study_page.blend_table(found)
+
+
+def test_llm_of_a_blended_method_stands_beside_it(small: Made) -> None:
+    root, _ = small
+    study = StudyRuns.read(root)
+    blend = {1: (0.9, 0.5, 0.1), 2: (1.0, 0.0, 0.2)}  # nothing of the LLM is in seed 2
+    alone, scored = {}, []
+    for one in study.scored:
+        if one.run.method == "full":
+            a, w, b = blend[one.seed]
+            alone[one.seed] = metrics.auc(one.test.label, one.test.logit)
+            parts = {
+                name: replace(rows, logit=a * rows.crm + w * rows.logit + b)
+                for name, rows in (("test", one.test), ("valid", one.valid))
+            }
+            one = replace(one, counts=one.counts | {"blend": [a, w, b]}, **parts)
+        scored.append(one)
+    found = find(replace(study, scored=scored), 50)
+    ours = row(found, "full, LLM alone", 5, 800)
+    assert ours["seeds"] == [1]
+    assert ours["auc"]["value"] == pytest.approx(alone[1])
+    assert ours["derived"]
+    assert not row(found, "full", 5, 800)["derived"]
+    blended = next(r for r in found["blends"] if r["label"] == "full")
+    assert blended["weights"] == [0.5, 0.0]
+    assert blended["auc"] == row(found, "full", 5, 800)["auc"]
+    assert {r["label"] for r in found["blends"]} == {"plain", "full"}
+    text = study_page.markdown(found | {"statements": []})
+    assert (
+        text.count("full, LLM alone") == text.partition("## Cost")[0].count("full, LLM alone") > 0
+    )
 
 
 def test_labels_of_histories_are_compared_without_an_llm(made: Made, found: dict[str, Any]) -> None:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rellax_ds.model.residual import START
-
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     FloatArray = npt.NDArray[np.float64]
+
+START = (1.0, 0.0, 0.0)
+"""Blend before anything is known: the recommender alone."""
 
 PRIOR_SD = (0.5, 0.5, 1.0)
 """Standard deviations of the Gaussian prior around the start, for a, w and b."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from rellax_ds.training.blend import PRIOR_SD, fit_blend
+from rellax_ds.blend import PRIOR_SD, fit_blend
 
 
 def rows(seed: int, num: int, of_llm: float) -> tuple[Any, Any, Any]:

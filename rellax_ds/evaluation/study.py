@@ -28,6 +28,7 @@ from rellax_ds.evaluation.study_cells import (
     with_llm_alone,
 )
 from rellax_ds.evaluation.study_contrasts import contrasts, history_labels
+from rellax_ds.evaluation.study_curves import curves
 from rellax_ds.evaluation.study_groups import by_history, groups_of
 from rellax_ds.study import ALONE
 
@@ -72,6 +73,7 @@ def find(study: StudyRuns, resamples: int = RESAMPLES) -> dict[str, Any]:
         "best_recommender": max(recommenders, key=lambda row: row["valid_auc"])["label"],
         "contrasts": contrasts(study.plan["contrasts"], compared, groups, cells),
         "groups": by_history(groups, cells, reference),
+        "curves": curves(cells, compared),
         "blends": blends(scored, compared, reference),
         "history_labels": history_labels(study.scored, compared, groups),
         "heterogeneity": _heterogeneity(study.scored),

@@ -404,11 +404,11 @@ def draw(document: dict[str, Any]) -> dict[str, str]:
     """The charts by name; one without data is left out."""
     results = document["results"]
     drawn = {}
-    for name, axis, other, words_of_axis in (
-        ("history", "history_length", "shots", "K, history items"),
-        ("shots", "shots", "history_length", "shots"),
+    for name, axis, words_of_axis in (
+        ("history", "history_length", "K, history items"),
+        ("shots", "shots", "shots"),
     ):
-        series = _series(results, axis, other)
+        series = _series(document["curves"][axis], "K" if axis == "shots" else "shots")
         if series:
             drawn[name] = charts.series_chart(
                 f"Test AUC over {words_of_axis}",
@@ -485,27 +485,17 @@ def main_point(results: Sequence[dict[str, Any]]) -> tuple[int, int]:
     return max(counted, key=lambda point: (counted[point], point))
 
 
-def _series(results: Sequence[dict[str, Any]], axis: str, other: str) -> list[charts.Series]:
-    """A series for every method and value of the other axis with two points or more."""
-    lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in results:
-        lines.setdefault((row["label"], row[other]), []).append(row)
-    several = len({row[other] for row in results}) > 1
-    found = []
-    for (label, value), rows in lines.items():
-        rows = sorted(rows, key=lambda row: row[axis])
-        if len(rows) < 2:
-            continue
-        unit = "shots" if other == "shots" else "K"
-        figures = [row["auc"] for row in rows]
-        found.append(
-            charts.Series(
-                f"{label}, {unit} {value:,}" if several else label,
-                [row[axis] for row in rows],
-                *([figure[part] for figure in figures] for part in ("value", "low", "high")),
-            )
+def _series(lines: Sequence[dict[str, Any]], other: str) -> list[charts.Series]:
+    """The lines over one axis; each with the value of the other where there are several."""
+    several = len({line["at"] for line in lines}) > 1
+    return [
+        charts.Series(
+            f"{line['label']}, {other} {line['at']:,}" if several else line["label"],
+            line["x"],
+            *([auc[part] for auc in line["auc"]] for part in ("value", "low", "high")),
         )
-    return found
+        for line in lines
+    ]
 
 
 def _bar(label: str, estimate: dict[str, float]) -> tuple[str, float, float, float]:

@@ -318,6 +318,25 @@ def test_llm_of_a_blended_method_stands_beside_it(small: Made) -> None:
     )
 
 
+def test_points_of_a_line_have_the_same_seeds(made: Made, found: dict[str, Any]) -> None:
+    lines = {(line["label"], line["at"]): line for line in found["curves"]["history_length"]}
+    line = lines["full", 100]
+    assert (line["x"], line["seeds"]) == ([5, 10], [1, 2, 3])
+    ours = [row(found, "full", length, 100)["auc"] for length in (5, 10)]
+    assert line["auc"] == ours
+    assert {(one["label"], one["at"]) for one in found["curves"]["shots"]} == {
+        (label, length) for label in ("plain", "full") for length in (5, 10)
+    }
+    study = StudyRuns.read(made[0])
+    lost = [one for one in study.scored if one.run.name != "full-K5-n100-s2"]
+    again = find(replace(study, scored=lost), 200)["curves"]["history_length"]
+    fewer = next(one for one in again if (one["label"], one["at"]) == ("full", 100))
+    assert fewer["seeds"] == [1, 3]
+    by_seed = row(found, "full", 10, 100)["by_seed"]
+    aucs = [one["auc"] for one in by_seed if one["seed"] != 2]
+    assert fewer["auc"][1]["value"] == pytest.approx(np.mean(aucs))
+
+
 def test_labels_of_histories_are_compared_without_an_llm(made: Made, found: dict[str, Any]) -> None:
     root = made[0]
     assert [entry["history_length"] for entry in found["history_labels"]] == [5, 10]

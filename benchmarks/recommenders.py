@@ -9,9 +9,11 @@ Figures end the output, one a line: FIGURE name value.
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,8 @@ from rellax_ds.stages.pipeline import load_stage
 from rellax_ds.tables import read_tables
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from rellax_ds.config import Recipe
@@ -64,20 +68,40 @@ class Run:
     epochs: int
 
 
-def prepare(recipe: Recipe, folder: Path) -> tuple[Interactions, Path]:
-    """The log, and stage 3's folder for `sim`."""
+@dataclass(frozen=True)
+class Job:
+    """What a process needs for one training.
+
+    Attributes:
+        tables: Stage 1's folder.
+        retrieval: Stage 3's folder, for `sim`.
+        config: Of the recommender.
+        seed: Of the training.
+    """
+
+    tables: Path
+    retrieval: Path
+    config: CRMConfig
+    seed: int
+
+
+def prepare(recipe: Recipe, folder: Path) -> tuple[Path, Path]:
+    """The folders of stages 1 and 3."""
     work = WorkDir(folder)
     for stage in ("tables", "embeddings", "retrieval"):
         load_stage(stage).run(recipe, work)
     disconnect()
-    return Interactions.of(read_tables(work.stage_dir("tables"))), work.stage_dir("retrieval")
+    return work.stage_dir("tables"), work.stage_dir("retrieval")
 
 
-def train(log: Interactions, retrieval: Path, config: CRMConfig, seed: int) -> Run:
-    """Train one recommender and score valid and test."""
-    history = build_history(log, config, retrieval)
+def train(job: Job) -> Run:
+    """Train one recommender on one thread and score valid and test."""
+    runtime.prepare()
+    torch.set_num_threads(1)
+    log, config = Interactions.of(read_tables(job.tables)), job.config
+    history = build_history(log, config, job.retrieval)
     start = time.monotonic()
-    fitted = fit(log, history, config, seed)
+    fitted = fit(log, history, config, job.seed)
     seconds = time.monotonic() - start
 
     def logits(split: str) -> NDArray[np.float32]:
@@ -92,6 +116,22 @@ def train(log: Interactions, retrieval: Path, config: CRMConfig, seed: int) -> R
         parameters=sum(p.numel() for p in fitted.model.parameters()),
         epochs=len(fitted.epochs),
     )
+
+
+def train_all(
+    recipe: Recipe, folders: tuple[Path, Path], seeds: Sequence[int]
+) -> tuple[dict[str, list[Run]], Run]:
+    """Every kind with every seed, one process a core, and the first of them once more."""
+    configs = {
+        name: CRMConfig(**{**recipe.crm.model_dump(), **changes})
+        for name, changes in VARIANTS.items()
+    }
+    jobs = [Job(*folders, config, seed) for config in configs.values() for seed in seeds]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(runtime.num_cpus(), mp_context=context) as pool:
+        *found, again = pool.map(train, [*jobs, jobs[0]])
+    each = len(seeds)
+    return {name: found[n * each : (n + 1) * each] for n, name in enumerate(configs)}, again
 
 
 def shown(estimate: Estimate | None, sign: str = "") -> str:
@@ -130,18 +170,10 @@ def main() -> int:
     recipe = load_recipe(options.recipe, [f"crm.max_epochs={options.max_epochs}", *options.set])
     page = Report("recommenders")
     with tempfile.TemporaryDirectory(prefix="rellax-recommenders-") as name:
-        log, retrieval = prepare(recipe, Path(name))
-        configs = {
-            name: CRMConfig(**{**recipe.crm.model_dump(), **changes})
-            for name, changes in VARIANTS.items()
-        }
-        seeds = range(recipe.seed, recipe.seed + options.seeds)
-        runs = {
-            name: [train(log, retrieval, config, seed) for seed in seeds]
-            for name, config in configs.items()
-        }
-        first = next(iter(configs))
-        again = train(log, retrieval, configs[first], recipe.seed)
+        folders = prepare(recipe, Path(name))
+        log = Interactions.of(read_tables(folders[0]))
+        runs, again = train_all(recipe, folders, range(recipe.seed, recipe.seed + options.seeds))
+    first = next(iter(VARIANTS))
     page.check(np.array_equal(again.logits, runs[first][0].logits), f"{first} does not repeat")
     report(page, log, runs, options.resamples, recipe)
     return page.finish(options.report)
@@ -171,7 +203,7 @@ def report(
         f"{len(log.split_rows('valid'))} valid, all {len(test)} test rows of "
         f"{bootstrap.num_users} users; intervals are 95 % by bootstrap over users, {resamples} "
         f"resamples. At most {recipe.crm.max_epochs} epochs, patience {recipe.crm.patience}, "
-        f"{torch.get_num_threads()} threads. Best on valid: {best}."
+        f"one thread each, {runtime.num_cpus()} trainings at a time. Best on valid: {best}."
     )
     page.table(
         (

@@ -49,7 +49,7 @@ HALF_SECONDS = 4.0
 def main() -> int:
     """Measure and print; 1 when the gate fails."""
     arguments = parser(__doc__)
-    arguments.add_argument("--recipe", default="ml100k_demo")
+    arguments.add_argument("--recipe", default="ml100k_base")
     arguments.add_argument("--work-dir", type=Path, help="default: the recipe's own")
     arguments.add_argument("--steps", type=int, default=4, help="timed optimiser steps")
     arguments.add_argument("--samples", type=int, default=10**6, help="samples of the large index")

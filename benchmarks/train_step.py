@@ -59,7 +59,7 @@ class Timing:
 def main() -> int:
     """Measure and print; 1 when the gate fails."""
     arguments = parser(__doc__)
-    arguments.add_argument("--recipe", default="ml100k_demo")
+    arguments.add_argument("--recipe", default="ml100k_base")
     arguments.add_argument("--work-dir", type=Path, help="default: the recipe's own")
     arguments.add_argument("--steps", type=int, default=5, help="timed steps of every arm")
     arguments.add_argument("--threads", type=int, help="default: cores over the recipe's ranks")

@@ -42,7 +42,7 @@ _POLL_SECONDS = 0.2
 def main() -> int:
     """Measure and print; 1 when the gate fails."""
     arguments = parser(__doc__)
-    arguments.add_argument("--recipe", default="ml100k_demo")
+    arguments.add_argument("--recipe", default="ml100k_base")
     arguments.add_argument("--tokens", type=int, default=64, help="length of every prompt")
     arguments.add_argument("--timeout", type=float, default=280, help="seconds of one launch")
     options = arguments.parse_args()

@@ -42,6 +42,8 @@ def main() -> int:
     arguments.add_argument("--rellax", default="ml100k_stacked", help="method that is ReLLaX")
     arguments.add_argument("--lora", default="ml100k_lora_recent", help="method that is plain LoRA")
     options = arguments.parse_args()
+    if options.keep and options.study is None:
+        arguments.error("--keep writes scores from a study's folder; name the folder")
     report = Report("quality")
     try:
         if options.study is None:

@@ -36,6 +36,9 @@ PLAN = "plan.json"
 ALONE = ", LLM alone"
 """Ends the name of a blended method's LLM without its recommender, in tables and contrasts."""
 
+_PLANNED = ("name", "description", "reference", "contrasts", "finished")
+"""What the plan holds beside the runs."""
+
 _COMMON_AXES = ("shards.history_length", "shards.train_rows", "seed")
 """Axes every run's name gives, whether or not the study varies them."""
 
@@ -204,21 +207,25 @@ def expand(study: Study, root: Path, overrides: Sequence[str] = ()) -> list[Run]
                     f"study {study.name}: two different runs are called {run.name}; give one of "
                     "the methods a name of its own"
                 )
-    _check_names(study, {run.method for run in found.values()})
+    _check_names(study, list(found.values()))
     return list(found.values())
 
 
-def _check_names(study: Study, methods: set[str]) -> None:
-    """Refuse a reference or a side of a contrast that is none of the methods."""
-    named = [("reference", study.reference)]
-    for contrast in study.contrasts:
-        named += [(f"contrast {contrast.part}", contrast.method)]
-        named += [(f"contrast {contrast.part}", contrast.without)]
-    for what, name in named:
-        if name.removesuffix(ALONE) not in methods:
+def _check_names(study: Study, runs: Sequence[Run]) -> None:
+    """Refuse a reference that is none of the methods, and a contrast of what no run will give."""
+    methods = {run.method for run in runs}
+    blended = {run.method + ALONE for run in runs if run.recipe.model.residual != "none"}
+    sides = [
+        (f"contrast {c.part}", name) for c in study.contrasts for name in (c.method, c.without)
+    ]
+    for what, name, known in (
+        ("reference", study.reference, methods),
+        *((what, name, methods | blended) for what, name in sides),
+    ):
+        if name not in known:
             raise ConfigError(
                 f"study {study.name}: {what} '{name}' is none of its methods: "
-                f"{', '.join(sorted(methods))}"
+                f"{', '.join(sorted(known))}"
             )
 
 
@@ -257,9 +264,10 @@ def read_plan(root: Path) -> tuple[dict[str, Any], list[Run]]:
             Run(**{**entry, "recipe": parse_recipe(entry["recipe"], str(path))})
             for entry in document.pop("runs")
         ]
+        plan = {key: document[key] for key in _PLANNED}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: no plan of a study ({error}); run `rellax study`") from None
-    return document, runs
+    return plan, runs
 
 
 def _located(method: Method, folder: Path) -> Method:

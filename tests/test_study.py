@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ shards: {train_rows: 100, history_length: 4}
 """
 GRID = """
 reference: plain
-contrasts: [{part: width, method: "wide, LLM alone", without: plain}]
+contrasts: [{part: width, method: wide, without: plain}]
 set: {shards.valid_rows: 50, shards.train_rows: 60}
 grids:
   - methods:
@@ -89,7 +90,7 @@ def test_plan_gives_the_runs_back(grid: Path, tmp_path: Path) -> None:
         "name": "grid",
         "description": "",
         "reference": "plain",
-        "contrasts": [{"part": "width", "method": "wide, LLM alone", "without": "plain"}],
+        "contrasts": [{"part": "width", "method": "wide", "without": "plain"}],
         "finished": ["plain-K2-n60-s7"],
     }
     assert found == runs
@@ -102,10 +103,7 @@ def test_plan_gives_the_runs_back(grid: Path, tmp_path: Path) -> None:
     [
         (("reference: plain", "reference: plane"), "reference 'plane' is none of its methods"),
         (("without: plain", "without: plane"), "contrast width 'plane' is none of its methods"),
-        (
-            ('method: "wide,', 'method: "width,'),
-            "'width, LLM alone' is none of its methods",
-        ),
+        (("method: wide", "method: 'wide, LLM alone'"), "'wide, LLM alone' is none of its methods"),
         (("start_from: plain", "start_from: plane"), "starts from plane, which has no run"),
         (("seed: [7, 8]", "seed: []"), "axis seed has no value"),
         (("seed: [7, 8]", "sed: [7, 8]"), "unknown key 'sed'"),
@@ -121,6 +119,24 @@ def test_study_that_is_wrong_is_one_line(
     with pytest.raises(ConfigError, match=message) as caught:
         expand(load_study(str(grid)), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_plan_that_lacks_a_part_is_one_line(grid: Path, tmp_path: Path) -> None:
+    study = load_study(str(grid))
+    write_plan(study, expand(study, tmp_path), tmp_path, [])
+    document = json.loads((tmp_path / "plan.json").read_text())
+    del document["contrasts"]
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    with pytest.raises(ArtifactError, match=r"no plan of a study .*contrasts.*rellax study"):
+        read_plan(tmp_path)
+
+
+def test_contrast_may_name_the_llm_of_a_blended_method(grid: Path, tmp_path: Path) -> None:
+    text = grid.read_text().replace("method: wide", "method: 'wide, LLM alone'")
+    grid.write_text(text.replace("set: {", "set: {model.residual: stacked, "))
+    (contrast,) = load_study(str(grid)).contrasts
+    assert contrast.method == "wide, LLM alone"
+    assert expand(load_study(str(grid)), tmp_path)
 
 
 def test_study_of_unknown_name_lists_the_shipped_ones() -> None:

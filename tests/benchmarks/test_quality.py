@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from made_studies import forget, make_study
 
 from benchmarks import quality
 from benchmarks.report import Report
+from rellax_ds.evaluation import study_archive
 from rellax_ds.evaluation.study_runs import StudyRuns
+from rellax_ds.study import expand, load_study
 
 
 def run(
@@ -72,3 +75,24 @@ def test_cell_of_few_seeds_is_no_candidate_though_it_looks_best() -> None:
     assert not report.failures
     assert quality.best(report, {"results": [lucky]}, "plain", None) is None
     assert report.failures
+
+
+def test_committed_scores_are_of_runs_of_the_shipped_study_and_name_no_folder() -> None:
+    plan, runs = study_archive.plan_of(quality.SCORES)
+    shipped = {run.name for run in expand(load_study("ml100k_quality"), Path("nowhere"))}
+    assert set(plan["finished"]) <= {run.name for run in runs} == shipped
+    assert len(plan["finished"]) >= 3 * 2  # ReLLaX and plain LoRA, three seeds each
+    assert plan["contrasts"]
+    with zipfile.ZipFile(quality.SCORES) as archive:
+        for name in ("plan.json", "runs.json"):
+            assert b'"/' not in archive.read(name)
+
+
+def test_scores_are_kept_from_a_folder_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["quality", "--keep"])
+    with pytest.raises(SystemExit) as caught:
+        quality.main()
+    assert caught.value.code == 2
+    assert "name the folder" in capsys.readouterr().err

@@ -21,9 +21,11 @@ from rellax_ds.evaluation.study_blends import blends
 from rellax_ds.evaluation.study_cells import (
     RESAMPLES,
     Comparison,
+    difference,
     group,
     label_of,
     logits_of,
+    order,
     reference_cell,
     with_llm_alone,
 )
@@ -54,7 +56,7 @@ def find(study: StudyRuns, resamples: int = RESAMPLES) -> dict[str, Any]:
     scored = group(study.scored, lambda one: one.run.cell)
     cells = with_llm_alone(scored)
     results = [_result(compared, cell, cells, reference, study) for cell in cells]
-    results.sort(key=lambda row: (row["history_length"], row["shots"], -row["auc"]["value"]))
+    results.sort(key=order)
     recommenders = _recommenders(study.scored, compared, cells, reference)
     groups = groups_of(cells, resamples)
     first = study.scored[0]
@@ -98,7 +100,7 @@ def _result(
     other = reference_cell(cell, cells, reference)
     gap = None
     if other is not None and other != cell:
-        gap = _gap(compared, (cell, logits_of(by_seed)), (other, logits_of(cells[other])))
+        gap = difference(compared, (cell, logits_of(by_seed)), (other, logits_of(cells[other])))
     own_crm = {seed: one.test.crm for seed, one in by_seed.items()}
     first = by_seed[seeds[0]]
     return {
@@ -122,7 +124,7 @@ def _result(
         ],
         "valid_auc": _valid_auc(by_seed),
         "minus_reference": gap,
-        "minus_crm": _gap(compared, (cell, logits_of(by_seed)), ((cell, "crm"), own_crm)),
+        "minus_crm": difference(compared, (cell, logits_of(by_seed)), ((cell, "crm"), own_crm)),
         "crm": {
             "kind": first.run.recipe.crm.kind,
             "used": first.reads_crm,
@@ -136,19 +138,6 @@ def _result(
             for name in first.seconds
         },
     }
-
-
-def _gap(
-    compared: Comparison,
-    ours: tuple[object, dict[int, Any]],
-    theirs: tuple[object, dict[int, Any]],
-) -> dict[str, Any] | None:
-    """The paired difference of two models on the seeds both have."""
-    seeds = sorted(set(ours[1]) & set(theirs[1]))
-    if not seeds:
-        return None
-    found = compared.mean(*ours, seeds).minus(compared.mean(*theirs, seeds))
-    return {"seeds": seeds, **as_json(found.estimates())}
 
 
 def _recommenders(
@@ -165,7 +154,9 @@ def _recommenders(
         main = next((cell for cell in cells if cell[0] == reference), None)
         gap = None
         if main is not None:
-            gap = _gap(compared, (("crm", kind, varied), logits), (main, logits_of(cells[main])))
+            gap = difference(
+                compared, (("crm", kind, varied), logits), (main, logits_of(cells[main]))
+            )
         found.append(
             {
                 "kind": kind,

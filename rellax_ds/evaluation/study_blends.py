@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rellax_ds.blend import fit_blend
 from rellax_ds.evaluation.findings import as_json
-from rellax_ds.evaluation.study_cells import label_of, reference_cell
+from rellax_ds.evaluation.study_cells import difference, label_of, order, reference_cell
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,16 +44,15 @@ def blends(
     for cell, runs in cells.items():
         method, length, shots, varied = cell
         seeds = sorted(runs)
-        ours = compared.mean(("blend", cell), logits[cell], seeds)
+        ours = ("blend", cell), logits[cell]
         crm = {seed: one.test.crm for seed, one in runs.items()}
-        other, gap = reference_cell(cell, cells, reference), None
-        shared = sorted(set(runs) & set(cells[other])) if other else []
-        if other is not None and other != cell and shared:
-            one = compared.mean(("blend", cell), logits[cell], shared)
-            two = compared.mean(("blend", other), logits[other], shared)
-            gap = as_json(one.minus(two).estimates())["auc"]
-        estimates = as_json(ours.estimates())
-        less_crm = ours.minus(compared.mean((cell, "crm"), crm, seeds))
+        gap = None
+        other = reference_cell(cell, cells, reference)
+        if other is not None and other != cell:
+            gap = difference(compared, ours, (("blend", other), logits[other]))
+        mean = compared.mean(*ours, seeds)
+        less_crm = mean.minus(compared.mean((cell, "crm"), crm, seeds))
+        estimates = as_json(mean.estimates())
         found.append(
             {
                 "method": method,
@@ -65,14 +64,10 @@ def blends(
                 "auc": estimates["auc"],
                 "log_loss": estimates["log_loss"],
                 "minus_crm": as_json(less_crm.estimates())["auc"],
-                "minus_reference": gap,
+                "minus_reference": gap and gap["auc"],
             }
         )
-    return sorted(found, key=_order)
-
-
-def _order(row: dict[str, Any]) -> tuple[int, int, float]:
-    return row["history_length"], row["shots"], -row["auc"]["value"]
+    return sorted(found, key=order)
 
 
 def _fit(one: Scored) -> tuple[float, float, float]:

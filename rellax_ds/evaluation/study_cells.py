@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rellax_ds.evaluation.findings import as_json
 from rellax_ds.evaluation.significance import Resampled, UserBootstrap
 from rellax_ds.study import ALONE
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rellax_ds.evaluation.study_runs import Rows, Scored
 
     Cell = tuple[str, int, int, tuple[tuple[str, Any], ...]]
+    Model = tuple[object, Mapping[int, Any]]  # a name to keep results by, and logits by seed
 
 RESAMPLES = 1000
 
@@ -107,6 +109,20 @@ def _unblended(rows: Rows, blend: Sequence[float]) -> Rows:
 def logits_of(by_seed: Mapping[int, Scored]) -> dict[int, Any]:
     """Logits of runs on their test rows, by seed."""
     return {seed: one.test.logit for seed, one in by_seed.items()}
+
+
+def difference(compared: Comparison, ours: Model, theirs: Model) -> dict[str, Any] | None:
+    """The paired difference of two models on the `seeds` both have; None without one."""
+    seeds = sorted(set(ours[1]) & set(theirs[1]))
+    if not seeds:
+        return None
+    found = compared.mean(*ours, seeds).minus(compared.mean(*theirs, seeds))
+    return {"seeds": seeds, **as_json(found.estimates())}
+
+
+def order(row: Mapping[str, Any]) -> tuple[int, int, float]:
+    """Key that sorts rows of a table by K and shots, the best AUC first."""
+    return row["history_length"], row["shots"], -row["auc"]["value"]
 
 
 def label_of(method: str, varied: Sequence[tuple[str, Any]]) -> str:

@@ -16,11 +16,9 @@ from rellax_ds.evaluation.study_cells import label_of, logits_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from rellax_ds.evaluation.study_cells import Cell, Comparison
+    from rellax_ds.evaluation.study_cells import Cell, Comparison, Model
     from rellax_ds.evaluation.study_groups import Group
     from rellax_ds.evaluation.study_runs import Scored
-
-    Model = tuple[object, Mapping[int, Any]]
 
 _METRICS = ("auc", "log_loss", "gauc")
 
